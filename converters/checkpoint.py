@@ -1,0 +1,132 @@
+"""Checkpoints: one safetensors file that holds a model, its parameters and all that a prediction needs.
+
+The tensors are named by their paths, ``params.stem.conv.weight`` and ``state.stem.norm.mean``. The file's
+metadata holds, as JSON, the model's name and settings, the preprocessing of its images and the names of its
+classes, so that the model is built again from the file alone. Nothing is ever unpickled.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import purecnn
+from converters.files import FileError, opened, read, write
+from converters.rules import ConversionError
+from purecnn import Model, tree
+from purecnn.data import Preprocessing
+from purecnn.tree import Tree
+
+FORMAT = "purecnn-1"
+
+
+@dataclass(frozen=True)
+class About:
+    """What a checkpoint says of itself."""
+
+    model: Model
+    preprocessing: Preprocessing | None
+    """How images become the model's input."""
+    classes: tuple[str, ...] | None
+    """The names of the classes, in the order of the logits."""
+    origin: Mapping[str, Any] | None
+    """Of published weights, where they are from and how accurate they are."""
+
+
+def save(
+    path: str | os.PathLike[str],
+    model: Model,
+    params: Tree,
+    state: Tree,
+    *,
+    preprocessing: Preprocessing | None = None,
+    classes: Sequence[str] | None = None,
+    origin: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a checkpoint, wholly or not at all.
+
+    Raises:
+        ConversionError: if the trees are not the model's.
+    """
+    check(model, params, state)
+    metadata = {
+        "format": FORMAT,
+        "model": model.name,
+        "settings": json.dumps(dict(model.settings)),
+        "preprocessing": json.dumps(preprocessing.to_dict() if preprocessing else None),
+        "classes": json.dumps(list(classes) if classes is not None else None),
+        "origin": json.dumps(dict(origin) if origin is not None else None),
+    }
+    write(path, tree.flatten({"params": params, "state": state}), metadata)
+
+
+def load(path: str | os.PathLike[str]) -> tuple[Model, Tree, Tree]:
+    """The model of a checkpoint with its parameters and statistics.
+
+    Raises:
+        FileError: if the file is missing, damaged or not a checkpoint.
+        ConversionError: if its tensors are not those of its model.
+    """
+    model = about(path).model
+    trees = tree.unflatten(read(path))
+    found = trees.get("params", {}), trees.get("state", {})
+    check(model, *found)
+    # safetensors sorts its keys; a model's trees are in the order of the network.
+    params, state = (tree.map(lambda _, leaf: leaf, *pair) for pair in zip(model.spec(), found, strict=True))
+    return model, params, state
+
+
+def is_checkpoint(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is a checkpoint of ours, rather than other tensors.
+
+    Raises:
+        FileError: if it is missing, or a damaged safetensors file.
+    """
+    if Path(path).suffix != ".safetensors" and Path(path).is_file():
+        return False
+    with opened(path) as file:
+        return (file.metadata() or {}).get("format") == FORMAT
+
+
+def about(path: str | os.PathLike[str]) -> About:
+    """The model, preprocessing and classes of a checkpoint, without reading its tensors.
+
+    Raises:
+        FileError: if the file is missing, damaged or not a checkpoint.
+    """
+    with opened(path) as file:
+        metadata = file.metadata() or {}
+    if metadata.get("format") != FORMAT:
+        raise FileError(f"{path} is a safetensors file but not a checkpoint of purecnn; convert it first")
+    try:
+        model = purecnn.create(metadata["model"], **json.loads(metadata["settings"]))
+        preprocessing = json.loads(metadata["preprocessing"])
+        classes = json.loads(metadata["classes"])
+        return About(
+            model,
+            Preprocessing.from_dict(preprocessing) if preprocessing else None,
+            tuple(classes) if classes is not None else None,
+            json.loads(metadata["origin"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise FileError(f"{path} describes no model that this version of purecnn can build: {error}") from error
+
+
+def check(model: Model, params: Tree, state: Tree) -> None:
+    """That trees have the names and shapes of a model.
+
+    Raises:
+        ConversionError: that lists every difference.
+    """
+    for what, meta, given in zip(("parameters", "statistics"), model.spec(), (params, state), strict=True):
+        expected = {path: tuple(leaf.shape) for path, leaf in tree.flatten(meta).items()}
+        found = {path: tuple(leaf.shape) for path, leaf in tree.flatten(given).items()}
+        if found != expected:
+            lines = [
+                f"{path} (expected {expected.get(path, 'nothing')}, found {found.get(path, 'nothing')})"
+                for path in sorted(expected.keys() | found.keys())
+                if expected.get(path) != found.get(path)
+            ]
+            raise ConversionError(f"the {what} are not those of {model.name}: {', '.join(lines)}")

@@ -1,0 +1,85 @@
+"""Networks with weights: from a checkpoint, a file in torchvision's names, or what torchvision publishes."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torchvision.models import WeightsEnum
+
+import purecnn
+from converters import checkpoint, files
+from converters import torchvision as tv
+from converters.rules import ConversionError
+from purecnn import Model
+from purecnn.data import Preprocessing
+from purecnn.tree import Tree
+
+
+@dataclass(frozen=True)
+class Source:
+    """A network with weights, and what is known of its input and output."""
+
+    model: Model
+    params: Tree
+    state: Tree
+    preprocessing: Preprocessing | None
+    classes: tuple[str, ...] | None
+    origin: Mapping[str, Any] | None
+    """Of published weights, where they are from and how accurate they are."""
+
+
+def load(source: str | os.PathLike[str], name: str | None = None) -> Source:
+    """A network with weights.
+
+    Args:
+        source: a checkpoint of ours; a ``.safetensors`` or ``.pth`` file in torchvision's names; or the name of
+            weights that torchvision publishes, such as ``DEFAULT``.
+        name: the model's; a checkpoint knows it, the others need it.
+
+    Raises:
+        FileError: if the file is missing, damaged or of another kind.
+        ConversionError: if it holds another model's weights.
+    """
+    path = Path(source)
+    if path.is_file() or path.suffix:
+        if checkpoint.is_checkpoint(path):
+            about = checkpoint.about(path)
+            if name not in (None, about.model.name):
+                raise ConversionError(f"{path} is a checkpoint of {about.model.name}, not of {name}")
+            return Source(*checkpoint.load(path), about.preprocessing, about.classes, about.origin)
+        if name is None:
+            raise ConversionError(f"{path} does not say which model its weights are of: name the model")
+        return _from_state_dict(name, files.read(path), path.name)
+    if name is None:
+        raise ConversionError(f"{source} is no file, and weights of torchvision need the name of a model")
+    entry = tv.weights_entry(purecnn.create(name), str(source))
+    model = _published(name, entry)
+    return Source(model, *tv.pretrained(model, entry), tv.preprocessing(entry), tv.classes(entry), tv.origin(entry))
+
+
+def _published(name: str, entry: WeightsEnum) -> Model:
+    """The model as torchvision's published weights want it, for images of the size that they are evaluated at."""
+    settings = {"transform_input": True} if "transform_input" in purecnn.create(name).settings else {}
+    return purecnn.create(name, image_size=tv.preprocessing(entry).size, **settings)
+
+
+def _from_state_dict(name: str, state_dict: Mapping[str, Tensor], file: str) -> Source:
+    """With as many classes as the weights have; if they are ImageNet's thousand, with its preprocessing and names.
+
+    Which of the published weights they are tells the file's name; if it is none of theirs, they count as the default.
+    """
+    model = purecnn.create(name)
+    published = next((entry for entry in tv.weights_entries(model) if entry.url.endswith(f"/{file}")), None)
+    entry = published or tv.weights_entry(model)
+    last = tv.head_key(model)
+    if last in state_dict and len(state_dict[last]) != model.num_classes:
+        model = purecnn.create(name, num_classes=len(state_dict[last]))
+        return Source(model, *tv.from_state_dict(model, state_dict), None, None, None)
+    model = _published(name, entry)
+    trees = tv.from_state_dict(model, state_dict)
+    return Source(
+        model, *trees, tv.preprocessing(entry), tv.classes(entry), tv.origin(published) if published else None
+    )

@@ -1,0 +1,71 @@
+"""The project's chores. ``nox`` runs what CI runs; ``nox -s bench`` and ``nox -s verify`` are on demand."""
+
+import shutil
+import subprocess
+
+import nox
+
+nox.options.default_venv_backend = "uv|virtualenv"
+nox.options.sessions = ["lint", "types", "tests", "docs"]
+
+
+def _works(version: str) -> bool:
+    program = shutil.which(f"python{version}")
+    return program is not None and subprocess.run([program, "--version"], capture_output=True).returncode == 0
+
+
+PYTHONS = [version for version in ("3.11", "3.12", "3.13", "3.14") if _works(version)]
+GROUPS = nox.project.dependency_groups(nox.project.load_toml("pyproject.toml"), "test")
+
+
+@nox.session(python=PYTHONS or None)
+def tests(session: nox.Session) -> None:
+    """All tests, in two processes; ``nox -s tests -- -k rules`` runs some."""
+    session.install(".", *GROUPS)
+    session.run("pytest", "-n", "2", "--dist", "worksteal", "--ignore", "tests/test_docs.py", *session.posargs)
+
+
+@nox.session
+def wide(session: nox.Session) -> None:
+    """The tests marked slow as well, and ten times the examples of every hypothesis law."""
+    session.install(".", *GROUPS)
+    session.env["HYPOTHESIS_PROFILE"] = "wide"
+    everything = ("pytest", "-m", "", *session.posargs)
+    session.run(*everything, "-n", "2", "--dist", "worksteal", "--ignore", "tests/test_variants.py")
+    session.run(*everything, "tests/test_variants.py")  # in one process, since some need half of the memory
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style and common mistakes."""
+    session.install("ruff==0.17.*")
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Types of both packages, strictly."""
+    session.install(".", "mypy==2.4.*")
+    session.run("mypy")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Runs every example: in the docstrings, the README and the pages of ``docs``."""
+    session.install(".", *GROUPS)
+    session.run("pytest", "-n", "2", "tests/test_docs.py", *session.posargs)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """The races against torchvision; the figures go to ``docs/benchmarks.md``."""
+    session.install(".")
+    session.run("python", "-m", "tests.benchmarks.cpu", *session.posargs)
+
+
+@nox.session
+def verify(session: nox.Session) -> None:
+    """Every model against torchvision's, bit for bit."""
+    session.install(".")
+    session.run("purecnn", "verify", "--all", *session.posargs)

@@ -1,0 +1,22 @@
+"""Which transformations are active: for the few places where torch has a faster or an exacter way outside of them."""
+
+import torch
+from torch import Tensor
+from torch._C._functorch import TransformType
+
+
+def is_transformed(*tensors: Tensor) -> bool:
+    """Whether a compiler, ``torch.func`` or autograd watches what is done to the tensors."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+    )
+
+
+def is_mapped() -> bool:
+    """Whether a ``vmap`` is active. The compiler cannot look; it may be, so it counts as active."""
+    if torch.compiler.is_compiling():
+        return True
+    stack = torch._C._functorch.get_interpreter_stack()
+    return stack is not None and any(level.key() == TransformType.Vmap for level in stack)

@@ -1,0 +1,274 @@
+"""The algebra: a layer is a pair of pure functions, and layers compose.
+
+    params, state, y = layer.init(x, mode)           # x is a meta tensor: its shape is all that matters
+    y, state = layer.apply(params, state, x, mode)
+
+The idea is that of ``jax.example_libraries.stax``, with four changes. Children have *names*, statistics
+travel as *state*, shapes come from running layers on meta tensors, and the key of a random draw is
+folded from the *path* of names at the point of the draw.
+
+A combinator's keyword children are named: their parameters live in a sub-tree of that name. Its
+positional children are transparent: they read and write the parent's own tree. Hence the laws
+``serial(serial(a, b), c) == serial(a, b, c) == serial(a, serial(b, c))``. The price is that two
+transparent children must not use one name, which raises as soon as it is written.
+"""
+
+import operator
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from purecnn import random
+from purecnn.initializers import Initializer
+from purecnn.tree import Tree
+
+Tap = Callable[[str, Any, Any], Any]
+"""``tap(path, input, output) -> output`` is called as each named layer ends; what it returns flows on.
+
+Of a random draw, ``path`` ends in `DRAW`, ``input`` is the probability of True and ``output`` the mask."""
+
+Law = Callable[[str, tuple[int, ...]], Initializer | float | None]
+"""``law(path, shape)`` says how a tensor is drawn, or with which number it is filled; None leaves it to its layer."""
+
+DRAW = "(draw)"
+"""Stands for a random draw: in `Layer.names` if it is made at the layer's own path, and in a tap's path."""
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _number(path: str) -> int:
+    return zlib.crc32(path.encode())
+
+
+class Mode(NamedTuple):
+    """How a network is run; the same for all its layers, but for the path."""
+
+    train: bool = False
+    """Draw random numbers, and let auxiliary heads speak."""
+    batch_statistics: bool = False
+    """Normalise by the batch's statistics and update the running ones."""
+    key: Tensor | None = None
+    """The key of all draws; see `purecnn.random`."""
+    tap: Tap | None = None
+    law: Law | None = None
+    """In initialisation, overrides the laws that layers bring along."""
+    path: str = ""
+    """The names from the root to this layer, joined by dots."""
+
+    def enter(self, name: str) -> "Mode":
+        """The mode of a child. Without key and tap nobody asks for the path, so it is not kept."""
+        if self.key is None and self.tap is None:
+            return self
+        path = f"{self.path}.{name}" if self.path else name
+        return Mode(self.train, self.batch_statistics, self.key, self.tap, self.law, path)
+
+    def draw_key(self) -> Tensor:
+        """The key of this layer's draw: the run's key folded with the layer's path.
+
+        Raises:
+            ValueError: if the network runs without a key.
+        """
+        if self.key is None:
+            raise ValueError("this layer draws random numbers in training: pass key=purecnn.random.key(seed)")
+        return random.fold_in(self.key, _number(self.path))
+
+    def bernoulli(self, p: float, shape: tuple[int, ...]) -> Tensor:
+        """This layer's mask, each value True with probability ``p``; a tap sees it, and may replace it."""
+        mask = random.bernoulli(self.draw_key(), p, shape)
+        if self.tap is None:
+            return mask
+        return self.tap(f"{self.path}.{DRAW}" if self.path else DRAW, p, mask)
+
+
+class Outputs(NamedTuple):
+    """What a network with auxiliary heads gives in training."""
+
+    logits: Tensor
+    aux: tuple[Tensor, ...]
+    """The auxiliary heads' logits, from shallow to deep."""
+
+
+Init = Callable[[Any, Mode], tuple[Tree, Tree, Any]]
+Apply = Callable[[Tree, Tree, Any, Mode], tuple[Any, Tree]]
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A pure function with parameters and state, as the pair of its initialisation and its application."""
+
+    init: Init
+    """``(x, mode) -> (params, state, y)``: ``x`` and ``y`` are meta tensors. Without ``mode.key`` the
+    parameters are meta tensors too."""
+    apply: Apply
+    """``(params, state, x, mode) -> (y, state)``: the state that it was given, with its own entries
+    replaced; in evaluation the very same object."""
+    names: frozenset[str] = frozenset()
+    """The names it uses in the tree, and `DRAW` if it draws at its own path."""
+
+
+_EMPTY: Tree = {}
+
+
+def _blame(error: Exception, name: str, x: Any) -> None:
+    """Note on a passing exception in which layer it arose; every level on the way up prepends its name."""
+    notes = getattr(error, "__notes__", [])
+    start = "in layer '"
+    if notes and notes[-1].startswith(start):
+        notes[-1] = f"{start}{name}.{notes[-1].removeprefix(start)}"
+    else:
+        shape = f", input {tuple(x.shape)}" if isinstance(x, Tensor) else ""
+        error.add_note(f"{start}{name}'{shape}")
+
+
+def named(name: str, layer: Layer) -> Layer:
+    """Put a layer's parameters and statistics into a sub-tree called ``name``."""
+    if not name or "." in name:
+        raise ValueError(f"a layer's name must be non-empty and without dots, found {name!r}")
+
+    def init(x: Any, mode: Mode) -> tuple[Tree, Tree, Any]:
+        try:
+            params, state, y = layer.init(x, mode.enter(name))
+        except Exception as error:
+            _blame(error, name, x)
+            raise
+        return {name: params} if params else {}, {name: state} if state else {}, y
+
+    def apply(params: Tree, state: Tree, x: Any, mode: Mode) -> tuple[Any, Tree]:
+        before = state.get(name, _EMPTY)
+        inner = mode.enter(name)
+        try:
+            y, after = layer.apply(params.get(name, _EMPTY), before, x, inner)
+        except Exception as error:
+            _blame(error, name, x)
+            raise
+        if inner.tap is not None:
+            y = inner.tap(inner.path, x, y)
+        return y, state if after is before else {**state, name: after}
+
+    return Layer(init, apply, frozenset((name,)))
+
+
+def _children(positional: tuple[Layer, ...], keyword: Mapping[str, Layer]) -> tuple[list[Layer], frozenset[str]]:
+    layers = [*positional, *(named(name, layer) for name, layer in keyword.items())]
+    names: frozenset[str] = frozenset()
+    for layer in layers:
+        if clash := names & layer.names:
+            what = "two random layers would share a mask" if clash == {DRAW} else f"two layers use {sorted(clash)}"
+            raise ValueError(f"{what}: give one of them a name")
+        names |= layer.names
+    return layers, names
+
+
+def serial(*layers: Layer, **named_layers: Layer) -> Layer:
+    """One layer after the other, positional ones first: ``serial(f, g)(x) = g(f(x))``.
+
+    >>> from purecnn.layers import conv, relu
+    >>> block = serial(conv1=conv(8, 3), relu1=relu, conv2=conv(4, 1))
+    >>> params, state, y = block.init(torch.empty(1, 3, 16, 16, device="meta"), Mode())
+    >>> {name: tuple(child["weight"].shape) for name, child in params.items()}, tuple(y.shape)
+    ({'conv1': (8, 3, 3, 3), 'conv2': (4, 8, 1, 1)}, (1, 4, 16, 16))
+    """
+    children, names = _children(layers, named_layers)
+    applies = [child.apply for child in children]
+
+    def init(x: Any, mode: Mode) -> tuple[Tree, Tree, Any]:
+        params: Tree = {}
+        state: Tree = {}
+        for child in children:
+            own_params, own_state, x = child.init(x, mode)
+            params |= own_params
+            state |= own_state
+        return params, state, x
+
+    def apply(params: Tree, state: Tree, x: Any, mode: Mode) -> tuple[Any, Tree]:
+        for child in applies:
+            x, state = child(params, state, x, mode)
+        return x, state
+
+    return Layer(init, apply, names)
+
+
+def numbered(*layers: Layer) -> Layer:
+    """`serial` with the names ``"0"``, ``"1"``, ``"2"`` ..."""
+    return serial(**{str(i): layer for i, layer in enumerate(layers)})
+
+
+def _parallel(join: Callable[[list[Any]], Any], layers: tuple[Layer, ...], keyword: Mapping[str, Layer]) -> Layer:
+    children, names = _children(layers, keyword)
+    applies = [child.apply for child in children]
+
+    def init(x: Any, mode: Mode) -> tuple[Tree, Tree, Any]:
+        params: Tree = {}
+        state: Tree = {}
+        outputs = []
+        for child in children:
+            own_params, own_state, y = child.init(x, mode)
+            params |= own_params
+            state |= own_state
+            outputs.append(y)
+        return params, state, join(outputs)
+
+    def apply(params: Tree, state: Tree, x: Any, mode: Mode) -> tuple[Any, Tree]:
+        outputs = []
+        for child in applies:
+            y, state = child(params, state, x, mode)
+            outputs.append(y)
+        return join(outputs), state
+
+    return Layer(init, apply, names)
+
+
+def add(*layers: Layer, **named_layers: Layer) -> Layer:
+    """The sum of the layers' outputs on one input: ``add(identity, f)`` is a residual connection."""
+    return _parallel(lambda outputs: reduce(operator.add, outputs), layers, named_layers)
+
+
+def multiply(*layers: Layer, **named_layers: Layer) -> Layer:
+    """The product of the layers' outputs on one input: ``multiply(identity, gate)`` is an attention gate."""
+    return _parallel(lambda outputs: reduce(operator.mul, outputs), layers, named_layers)
+
+
+def concat(*layers: Layer, **named_layers: Layer) -> Layer:
+    """The layers' outputs on one input, joined along the channels: dense blocks and inception modules."""
+    return _parallel(lambda outputs: torch.cat(outputs, dim=1), layers, named_layers)
+
+
+def fork(main: Layer, **aux: Layer) -> Layer:
+    """A side branch to auxiliary heads: ``main``'s output in evaluation, `Outputs` in training.
+
+    ``main`` may hold further forks; their heads come after this one's. Without heads it is ``main``.
+    """
+    if not aux:
+        return main
+    (main, *heads), names = _children((main,), aux)
+
+    def join(y: Any, aux: list[Tensor]) -> Outputs:
+        return Outputs(y.logits, (*aux, *y.aux)) if isinstance(y, Outputs) else Outputs(y, tuple(aux))
+
+    def init(x: Any, mode: Mode) -> tuple[Tree, Tree, Any]:
+        params: Tree = {}
+        state: Tree = {}
+        aux = []
+        for child in heads:
+            own_params, own_state, y = child.init(x, mode)
+            params |= own_params
+            state |= own_state
+            aux.append(y)
+        own_params, own_state, y = main.init(x, mode)
+        return params | own_params, state | own_state, join(y, aux)
+
+    def apply(params: Tree, state: Tree, x: Any, mode: Mode) -> tuple[Any, Tree]:
+        if not mode.train:
+            return main.apply(params, state, x, mode)
+        aux = []
+        for child in heads:
+            y, state = child.apply(params, state, x, mode)
+            aux.append(y)
+        y, state = main.apply(params, state, x, mode)
+        return join(y, aux), state
+
+    return Layer(init, apply, names)

@@ -1,0 +1,356 @@
+"""Layers: the leaves that the algebra of `purecnn.layer` composes.
+
+Images are ``(batch, channels, height, width)``. Parameter names and layouts are the field's:
+``weight`` and ``bias``; running statistics are ``mean``, ``var`` and ``count``.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, reduce
+from torch import Tensor
+
+from purecnn import initializers
+from purecnn.eager import is_mapped, is_transformed
+from purecnn.initializers import Initializer
+from purecnn.layer import DRAW, Apply, Layer, Mode, multiply, serial
+from purecnn.tree import Tree
+
+
+class Leaf(NamedTuple):
+    """A tensor to be: its shape, and the distribution it is drawn from or the number it is filled with."""
+
+    shape: tuple[int, ...]
+    fill: Initializer | float
+
+    def draw(self, name: str, mode: Mode) -> Tensor:
+        """The tensor, on the key's device; a meta tensor if there is no key."""
+        inner, fill = mode.enter(name), self.fill
+        if mode.law is not None and (chosen := mode.law(inner.path, self.shape)) is not None:
+            fill = chosen
+        if callable(fill) and mode.key is not None:
+            return fill(inner.draw_key(), self.shape)
+        value = 0.0 if callable(fill) else fill
+        return torch.full(self.shape, value, device="meta" if mode.key is None else mode.key.device)
+
+
+Leaves = tuple[dict[str, Leaf], dict[str, Leaf]]
+"""The parameters and the statistics of one layer, by name."""
+
+
+def parametric(leaves: Callable[[Any], Leaves], apply: Apply, *names: str, keeps_shape: bool = False) -> Layer:
+    """A layer with tensors of its own.
+
+    Args:
+        leaves: from the (meta) input to the layer's parameters and statistics.
+        apply: the function of `Layer.apply`; the output's shape is found by running it on meta tensors.
+        names: the names of all its parameters and statistics.
+        keeps_shape: the output's shape is the input's, so nothing needs to be run to find it.
+    """
+
+    def init(x: Any, mode: Mode) -> tuple[Tree, Tree, Any]:
+        own = leaves(x)
+
+        def draw(mode: Mode) -> list[Tree]:
+            return [{name: leaf.draw(name, mode) for name, leaf in part.items()} for part in own]
+
+        if keeps_shape:
+            return *draw(mode), x
+        abstract = mode._replace(key=None)
+        params, state = draw(abstract)
+        y, _ = apply(params, state, x, abstract)
+        if mode.key is not None:
+            params, state = draw(mode)
+        return params, state, y
+
+    return Layer(init, apply, frozenset(names))
+
+
+def stateless(function: Callable[[Any], Any]) -> Layer:
+    """A layer without parameters, from a function of its input.
+
+    >>> double = stateless(lambda x: 2 * x)
+    >>> double.apply({}, {}, torch.ones(1), Mode())[0]
+    tensor([2.])
+    """
+
+    def init(x: Any, mode: Mode) -> tuple[Tree, Tree, Any]:
+        return {}, {}, function(x)
+
+    def apply(params: Tree, state: Tree, x: Any, mode: Mode) -> tuple[Any, Tree]:
+        return function(x), state
+
+    return Layer(init, apply)
+
+
+identity = stateless(lambda x: x)
+relu = stateless(torch.relu)
+relu6 = stateless(F.relu6)
+sigmoid = stateless(torch.sigmoid)
+silu = stateless(F.silu)
+gelu = stateless(F.gelu)
+hardswish = stateless(F.hardswish)
+
+
+def _bias(bias: bool, features: int, fan_in: int, init: Initializer | float | None) -> dict[str, Leaf]:
+    if not bias:
+        return {}
+    return {"bias": Leaf((features,), initializers.fan_in_uniform(fan_in) if init is None else init)}
+
+
+Pair: TypeAlias = int | tuple[int, int]
+"""A number for height and width both, or one for each."""
+
+
+def _pair(value: Pair) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else value
+
+
+def conv(
+    features: int,
+    kernel: Pair,
+    stride: int = 1,
+    padding: Pair | None = None,
+    *,
+    groups: int = 1,
+    bias: bool = False,
+    init: Initializer | None = None,
+    bias_init: Initializer | float | None = None,
+) -> Layer:
+    """Two-dimensional convolution, ``(b, c, h, w) -> (b, features, h', w')``.
+
+    Args:
+        features: output channels.
+        kernel: height and width of the kernel, pixels.
+        stride: step of the kernel, pixels.
+        padding: zeros on each side, pixels; by default ``(kernel - 1) // 2``, which keeps the size of an
+            image at stride 1.
+        groups: channels are convolved in this many separate groups.
+        bias: add a number to each output channel.
+        init: of the weight ``(features, c / groups, *kernel)``; by default uniform on ``+-1 / sqrt(fan_in)``.
+        bias_init: likewise.
+    """
+    height, width = _pair(kernel)
+    pad = _pair(((height - 1) // 2, (width - 1) // 2) if padding is None else padding)
+    draw = init or initializers.fan_in_uniform()
+
+    def leaves(x: Tensor) -> Leaves:
+        fan_in = x.shape[1] // groups * height * width
+        weight = Leaf((features, x.shape[1] // groups, height, width), draw)
+        return {"weight": weight, **_bias(bias, features, fan_in, bias_init)}, {}
+
+    def apply(params: Tree, state: Tree, x: Tensor, mode: Mode) -> tuple[Tensor, Tree]:
+        return torch.conv2d(x, params["weight"], params.get("bias"), stride, pad, 1, groups), state
+
+    return parametric(leaves, apply, "weight", *(["bias"] if bias else []))
+
+
+def linear(
+    features: int,
+    *,
+    bias: bool = True,
+    init: Initializer | None = None,
+    bias_init: Initializer | float | None = None,
+) -> Layer:
+    """Affine map along the last axis, ``(b, ..., c) -> (b, ..., features)``; initialised as `conv` is."""
+    draw = init or initializers.fan_in_uniform()
+
+    def leaves(x: Tensor) -> Leaves:
+        inputs = x.shape[-1]
+        return {"weight": Leaf((features, inputs), draw), **_bias(bias, features, inputs, bias_init)}, {}
+
+    def apply(params: Tree, state: Tree, x: Tensor, mode: Mode) -> tuple[Tensor, Tree]:
+        # As one matrix, because torch sums in another order for a batch of matrices, but only under torch.func.
+        rows = x.flatten(0, -2) if x.ndim > 2 else x
+        y = F.linear(rows, params["weight"], params.get("bias"))
+        return y.reshape(*x.shape[:-1], features) if x.ndim > 2 else y, state
+
+    return parametric(leaves, apply, "weight", *(["bias"] if bias else []))
+
+
+def _hardsigmoid(x: Tensor) -> Tensor:
+    # F.hardsigmoid has no second derivative. It divides by 6, but its gradient multiplies by 1/6 in single precision,
+    # also in double: so does this.
+    rising = F.relu6(x + 3)
+    y = rising * 0.1666666716337204
+    return y + (rising / 6 - y).detach()
+
+
+hardsigmoid = stateless(_hardsigmoid)
+
+
+def batch_norm(eps: float = 1e-5, momentum: float = 0.1) -> Layer:
+    """Batch normalisation of each channel (Ioffe and Szegedy 2015, arXiv:1502.03167, algorithm 1).
+
+    ``y = weight * (x - m) / sqrt(v + eps) + bias`` with the batch's mean and variance, which also move the
+    running ones, ``mean += momentum * (m - mean)`` (the variance likewise, unbiased); or with the running ones,
+    as ``Mode.batch_statistics`` says.
+
+    Raises:
+        ValueError: in training, if a channel has but one value.
+    """
+
+    def leaves(x: Tensor) -> Leaves:
+        shape = (x.shape[1],)
+        return (
+            {"weight": Leaf(shape, 1.0), "bias": Leaf(shape, 0.0)},
+            {"mean": Leaf(shape, 0.0), "var": Leaf(shape, 1.0), "count": Leaf((), 0)},
+        )
+
+    def apply(params: Tree, state: Tree, x: Tensor, mode: Mode) -> tuple[Tensor, Tree]:
+        weight, bias, mean, var = params["weight"], params["bias"], state["mean"], state["var"]
+        if not mode.batch_statistics:
+            return F.batch_norm(x, mean, var, weight, bias, False, momentum, eps), state
+        values = x.numel() // x.shape[1]
+        if values == 1:
+            raise ValueError(f"a batch's statistics need more than one value per channel, found {tuple(x.shape)}")
+        if is_mapped():
+            # The operator below has no vmap rule. This one has, but gives the deviation in place of the variance.
+            y, m, inverse = torch.ops.aten._native_batch_norm_legit.no_stats(x, weight, bias, True, momentum, eps)
+            m, inverse = m.detach(), inverse.detach()
+            v = (inverse.square().reciprocal() - eps) * (values / (values - 1))
+            mean, var = momentum * m + (1 - momentum) * mean, momentum * v + (1 - momentum) * var
+        else:
+            # What F.batch_norm does, but for writing into the running statistics.
+            y, _, _, _, mean, var = torch.ops.aten._batch_norm_with_update_functional(
+                x, weight, bias, mean, var, momentum, eps
+            )
+        return y, {**state, "mean": mean, "var": var, "count": state["count"] + 1}
+
+    return parametric(leaves, apply, "weight", "bias", "mean", "var", "count", keeps_shape=True)
+
+
+def conv_norm(
+    features: int,
+    kernel: Pair,
+    stride: int = 1,
+    padding: Pair | None = None,
+    *,
+    groups: int = 1,
+    init: Initializer | None = None,
+    norm: Layer | None = None,
+    act: Layer = relu,
+) -> Layer:
+    """Convolution, normalisation, activation: what most networks since 2015 are made of.
+
+    Args:
+        features, kernel, stride, padding, groups, init: see `conv`.
+        norm: the normalisation; by default `batch_norm`.
+        act: the activation, a layer without parameters; `identity` for none.
+    """
+    convolution = conv(features, kernel, stride, padding, groups=groups, init=init)
+    return serial(conv=convolution, norm=norm or batch_norm(), act=act)
+
+
+def layer_norm(eps: float = 1e-5) -> Layer:
+    """Layer normalisation along the last axis (Ba et al. 2016, arXiv:1607.06450), ``(b, ..., c) -> (b, ..., c)``."""
+
+    def leaves(x: Tensor) -> Leaves:
+        shape = (x.shape[-1],)
+        return {"weight": Leaf(shape, 1.0), "bias": Leaf(shape, 0.0)}, {}
+
+    def apply(params: Tree, state: Tree, x: Tensor, mode: Mode) -> tuple[Tensor, Tree]:
+        return F.layer_norm(x, x.shape[-1:], params["weight"], params["bias"], eps), state
+
+    return parametric(leaves, apply, "weight", "bias", keeps_shape=True)
+
+
+def squeeze_excitation(
+    width: int, squeeze: int, *, act: Layer = relu, gate: Layer | None = None, init: Initializer | None = None
+) -> Layer:
+    """Scale each channel by a number that all channels decide on (Hu et al. 2017, arXiv:1709.01507, figure 1).
+
+    Args:
+        width: channels of the image.
+        squeeze: channels in between.
+        act: activation in between.
+        gate: activation at the end; by default `sigmoid`.
+        init: of both weights; with it, biases start at zero.
+    """
+    zero = None if init is None else 0.0
+    return multiply(
+        identity,
+        serial(
+            adaptive_avg_pool(1),
+            squeeze=conv(squeeze, 1, bias=True, init=init, bias_init=zero), act=act,
+            expand=conv(width, 1, bias=True, init=init, bias_init=zero), gate=gate or sigmoid,
+        ),
+    )  # fmt: skip
+
+
+def _noise(rate: float, shape: Callable[[torch.Size], tuple[int, ...]]) -> Layer:
+    """Multiply by 0 with probability ``rate``, else by ``1 / (1 - rate)``; ``shape`` is that of the draw."""
+    if not 0 <= rate < 1:
+        raise ValueError(f"a rate of dropping is at least 0 and below 1, found {rate}")
+    if rate == 0:
+        return identity
+
+    def init(x: Tensor, mode: Mode) -> tuple[Tree, Tree, Tensor]:
+        return {}, {}, x
+
+    def apply(params: Tree, state: Tree, x: Tensor, mode: Mode) -> tuple[Tensor, Tree]:
+        if not mode.train:
+            return x, state
+        kept = mode.bernoulli(1 - rate, shape(x.shape))
+        return x * (kept.to(x.dtype) / (1 - rate)), state
+
+    return Layer(init, apply, frozenset((DRAW,)))
+
+
+def dropout(rate: float) -> Layer:
+    """Zero each value with probability ``rate`` in training, and scale the others by ``1 / (1 - rate)``.
+
+    Srivastava et al. 2014, JMLR 15:1929. The mask is drawn from the run's key and the layer's path.
+    """
+    return _noise(rate, tuple)
+
+
+def stochastic_depth(layer: Layer, rate: float, mode: Literal["row", "batch"] = "row") -> Layer:
+    """In training, zero the layer's output with probability ``rate``, and scale it by ``1 / (1 - rate)`` otherwise.
+
+    Huang et al. 2016, arXiv:1603.09382, with torchvision's scaling in training instead of in evaluation. For the
+    branch of a residual connection: ``add(identity, stochastic_depth(branch, 0.2))``.
+
+    Args:
+        layer: the branch.
+        rate: probability of dropping it.
+        mode: draw for each image of the batch, or once for all.
+    """
+    if mode not in ("row", "batch"):
+        raise ValueError(f"mode is 'row' or 'batch', found {mode!r}")
+    return serial(layer, _noise(rate, lambda shape: (shape[0] if mode == "row" else 1, *(1 for _ in shape[1:]))))
+
+
+def max_pool(kernel: int, stride: int, padding: int = 0, *, ceil_mode: bool = False) -> Layer:
+    """The largest value in each window; ``ceil_mode`` lets the last window reach over the border."""
+
+    def pool(x: Tensor) -> Tensor:
+        if kernel < 3 or not x.is_cpu or is_mapped() or not x.is_contiguous():
+            return torch.max_pool2d(x, kernel, stride, padding, 1, ceil_mode)
+        # On a CPU torch walks through channels-last images four times faster, but back through their layout it takes
+        # longer. So the places of the maxima come from there, and what is differentiated fetches them from here.
+        last = x.detach().contiguous(memory_format=torch.channels_last)
+        y, places = torch.ops.aten.max_pool2d_with_indices(last, *map(_pair, (kernel, stride, padding, 1)), ceil_mode)
+        if not is_transformed(x):
+            return y.contiguous()
+        return x.flatten(2).gather(2, places.contiguous().flatten(2)).view(places.shape)
+
+    return stateless(pool)
+
+
+def avg_pool(kernel: int, stride: int, padding: int = 0) -> Layer:
+    """The mean of each window; zeros of the padding count."""
+    return stateless(lambda x: F.avg_pool2d(x, kernel, stride, padding))
+
+
+def adaptive_avg_pool(size: int) -> Layer:
+    """The means of ``size x size`` windows that cover the image, ``(b, c, h, w) -> (b, c, size, size)``."""
+    return stateless(lambda x: F.adaptive_avg_pool2d(x, size))
+
+
+channels_last = stateless(lambda x: rearrange(x, "b c h w -> b h w c"))
+channels_first = stateless(lambda x: rearrange(x, "b h w c -> b c h w"))
+flatten = stateless(lambda x: rearrange(x, "b c h w -> b (c h w)"))
+global_avg_pool = stateless(lambda x: reduce(x, "b c h w -> b c", "mean"))

@@ -1,0 +1,205 @@
+"""Models: a named layer that knows the images it takes, and the table they are created from."""
+
+import difflib
+import fnmatch
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from purecnn.layer import Law, Layer, Mode, Tap
+from purecnn.paper import Paper, Variant
+from purecnn.tree import Tree
+from purecnn.zoo import VARIANTS
+
+
+@dataclass(frozen=True)
+class Model:
+    """A convolutional network as two pure functions, `init` and `apply`.
+
+    Both are subject to ``torch.func``, ``torch.compile`` and ``torch.export`` as they are:
+    ``vmap(model.init)(random.split(key, n))`` makes an ensemble, ``vmap(model.apply, in_dims=(0, 0, None))``
+    runs it.
+    """
+
+    name: str
+    layer: Layer
+    settings: Mapping[str, Any]
+    """All settings it was built with, JSON-able: ``create(model.name, **model.settings)`` builds it again."""
+    paper: Paper
+    in_channels: int
+    image_size: int
+    """Side, in pixels, of the images that the shapes of the parameters are worked out for."""
+
+    @property
+    def num_classes(self) -> int:
+        """How many logits it gives for an image."""
+        return int(self.settings["num_classes"])
+
+    def init(self, key: Tensor, *, law: Law | Literal["paper"] | None = None) -> tuple[Tree, Tree]:
+        """Draw parameters and running statistics, on the key's device.
+
+        Args:
+            key: of the draws.
+            law: how to draw; by default as torchvision does, and as the paper where torchvision does not have the
+                network. ``"paper"`` is the paper's law wherever it states one. A function is asked for each tensor, as
+                ``law(path, shape)``, and answers with an initializer, a number, or None for the default.
+
+        >>> import purecnn
+        >>> params, state = purecnn.create("lenet5").init(purecnn.random.key(0))
+        >>> params["head"]["linear"]["weight"].shape
+        torch.Size([10, 84])
+        >>> params, state = purecnn.create("lenet5").init(purecnn.random.key(0), law=lambda path, shape: 0.5)
+        >>> params["head"]["linear"]["bias"][:2]
+        tensor([0.5000, 0.5000])
+        """
+        chosen = find(self.name).paper_law if law == "paper" else law
+        return self._init(Mode(train=True, batch_statistics=True, key=key, law=chosen))
+
+    def spec(self) -> tuple[Tree, Tree]:
+        """Parameters and running statistics as meta tensors: names, shapes and types without values."""
+        return self._init(Mode(train=True, batch_statistics=True))
+
+    def _init(self, mode: Mode) -> tuple[Tree, Tree]:
+        x = torch.empty(2, self.in_channels, self.image_size, self.image_size, device="meta")
+        params, state, _ = self.layer.init(x, mode)
+        return params, state
+
+    def apply(
+        self,
+        params: Tree,
+        state: Tree,
+        x: Tensor,
+        *,
+        train: bool = False,
+        key: Tensor | None = None,
+        statistics: Literal["batch", "running"] | None = None,
+        tap: Tap | None = None,
+    ) -> tuple[Any, Tree]:
+        """Run the network.
+
+        Args:
+            params: its parameters.
+            state: its running statistics.
+            x: images, ``(batch, channels, height, width)``.
+            train: draw random numbers, and return `Outputs` if there are auxiliary heads.
+            key: of the random numbers; needed in training by networks with dropout.
+            statistics: what batch normalisation uses; by default the batch's in training and the running
+                ones in evaluation. ``train=True, statistics="running"`` trains with frozen statistics.
+            tap: called as ``tap(path, input, output)`` when each named layer ends; its result replaces the
+                output. For looking inside, and for derivatives with respect to what flows there.
+
+        Returns:
+            The logits ``(batch, classes)``, or `Outputs`; and the new running statistics.
+
+        Raises:
+            ValueError: if ``x`` is not a batch of images with the model's channels.
+            RuntimeError: from torch, with a note that says in which layer, if the images are too small.
+        """
+        if x.ndim != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(
+                f"{self.name} takes images (batch, {self.in_channels}, height, width), found {tuple(x.shape)}"
+            )
+        if statistics not in (None, "batch", "running"):
+            raise ValueError(f"statistics is 'batch', 'running' or None, found {statistics!r}")
+        batch_statistics = train if statistics is None else statistics == "batch"
+        return self.layer.apply(params, state, x, Mode(train, batch_statistics, key, tap))
+
+    def features(self, params: Tree, state: Tree, x: Tensor) -> dict[str, Tensor]:
+        """The outputs of stem, stages and head in evaluation mode, by name.
+
+        >>> import purecnn
+        >>> model = purecnn.create("lenet5")
+        >>> features = model.features(*model.init(purecnn.random.key(0)), torch.zeros(1, 1, 32, 32))
+        >>> {name: tuple(value.shape) for name, value in features.items()}
+        {'stem': (1, 6, 14, 14), 'stage1': (1, 16, 5, 5), 'stage2': (1, 84), 'head': (1, 10)}
+        """
+        found: dict[str, Tensor] = {}
+
+        def tap(path: str, x: Any, y: Any) -> Any:
+            if "." not in path:
+                found[path] = y
+            return y
+
+        self.apply(params, state, x, tap=tap)
+        return found
+
+
+def replace_head(model: Model, params: Tree, state: Tree, num_classes: int, key: Tensor) -> tuple[Model, Tree, Tree]:
+    """The network with freshly drawn heads for another number of classes; all else is kept.
+
+    >>> import purecnn
+    >>> model = purecnn.create("squeezenet1_1")
+    >>> params, state = model.init(purecnn.random.key(0))
+    >>> model, params, state = purecnn.replace_head(model, params, state, 2, purecnn.random.key(1))
+    >>> params["head"]["conv"]["weight"].shape
+    torch.Size([2, 512, 1, 1])
+    """
+    new = create(model.name, **{**model.settings, "num_classes": num_classes})
+    fresh = new.init(key)
+
+    def graft(old: Tree, drawn: Tree) -> Tree:
+        return {part: drawn[part] if part.startswith(("head", "aux")) else old[part] for part in drawn}
+
+    return new, graft(params, fresh[0]), graft(state, fresh[1])
+
+
+class UnknownModelError(ValueError):
+    """There is no model of that name; the message has the nearest ones."""
+
+
+def create(name: str, *, in_channels: int | None = None, image_size: int | None = None, **settings: Any) -> Model:
+    """Build a model by its name.
+
+    Args:
+        name: one of `list_models`.
+        in_channels: channels of its images; by default the paper's.
+        image_size: side in pixels of its images, for networks whose parameters depend on it.
+        settings: the family's own, such as ``num_classes`` and ``dropout``; see its module in `purecnn.zoo`.
+
+    >>> create("resnet18", num_classes=10).settings["num_classes"]
+    10
+
+    Raises:
+        UnknownModelError: if there is no such model.
+        TypeError: if the family has no such setting.
+    """
+    variant = find(name)
+    try:
+        bound = inspect.signature(variant.build).bind(**{**variant.settings, **settings})
+    except TypeError as error:
+        known = ", ".join(inspect.signature(variant.build).parameters)
+        raise TypeError(f"{name}: {error}; its settings are in_channels, image_size, {known}") from None
+    bound.apply_defaults()
+    in_channels = variant.in_channels if in_channels is None else in_channels
+    image_size = variant.image_size if image_size is None else image_size
+    chosen = {**bound.arguments, "in_channels": in_channels, "image_size": image_size}
+    layer = variant.build(**bound.arguments)
+    return Model(name, layer, MappingProxyType(chosen), variant.paper, in_channels, image_size)
+
+
+def find(name: str) -> Variant:
+    """The table's row of a model.
+
+    Raises:
+        UnknownModelError: if there is no such model.
+    """
+    if name not in VARIANTS:
+        near = difflib.get_close_matches(name, VARIANTS, n=3, cutoff=0.5)
+        raise UnknownModelError(
+            f"there is no model {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else "; see list_models()")
+        )
+    return VARIANTS[name]
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """The names of all models that match a shell-style pattern, in the order of their history.
+
+    >>> list_models("resnet*")
+    ['resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152']
+    """
+    return [name for name in VARIANTS if fnmatch.fnmatchcase(name, pattern)]

@@ -1,0 +1,210 @@
+"""Results as PNG files: learning curves, a confusion matrix, a prediction.
+
+Drawn with matplotlib's objects: no window, no ``pyplot``, no global state. A file is written under another
+name and then moved into place, so a killed run leaves no half picture and a viewer sees none.
+"""
+
+import math
+import os
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image
+
+from purecnn.files import replacing
+
+__all__ = ["confusion", "curves", "prediction"]
+
+# Two of the colours of Okabe and Ito (https://jfly.uni-koeln.de/color/), which every kind of eye tells apart
+_BLUE, _ORANGE = "#0072b2", "#d55e00"
+_GREY = "#777777"
+
+
+def curves(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
+    """Draws loss and accuracy over the epochs, for training and test data, the best epoch marked.
+
+    Args:
+        rows: one mapping for each epoch, with ``epoch``, ``train_loss``, ``train_accuracy``, ``test_loss``
+            and ``test_accuracy``: numbers, or text as ``csv.DictReader`` gives it. Accuracies are shares, 0
+            to 1. What is missing, empty or not finite leaves a gap.
+        path: the PNG file to write.
+
+    Raises:
+        ValueError: when there are no rows.
+
+    Example::
+
+        with open("metrics.csv", newline="") as file:
+            pictures.curves(list(csv.DictReader(file)), "curves.png")
+    """
+    if not rows:
+        raise ValueError("no epochs to draw")
+    epochs, scores, losses = (_column(rows, name) for name in ("epoch", "test_accuracy", "test_loss"))
+    # The most accurate; of equals, the one with the lowest loss.
+    finite = np.flatnonzero(np.isfinite(scores))
+    best = max(finite, key=lambda i: (scores[i], -np.nan_to_num(losses[i], nan=np.inf)), default=None)
+    marker = "o" if len(rows) <= 30 else ""  # a single epoch makes no line, and dots would hide a long one
+    figure = _figure(10, 4.2)
+    for axes, what in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+        for half, color, line in (("train", _BLUE, "--"), ("test", _ORANGE, "-")):
+            values = _column(rows, f"{half}_{what}")
+            axes.plot(epochs, values, color=color, linestyle=line, marker=marker, markersize=4, label=half)
+        if best is not None:
+            axes.axvline(epochs[best], color=_GREY, linestyle=":", linewidth=1.2, zorder=1)
+        axes.set_title(what, loc="left", fontsize=13, fontweight="bold")
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.grid(color="#e4e4e4")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        if what == "accuracy":
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+            if len(rows) == 1:  # else the range shown is of hundredths of a percent
+                axes.set_ylim(0, 1)
+            if best is not None:
+                ring: dict[str, Any] = {"markersize": 11, "markeredgewidth": 1.8, "markerfacecolor": "none"}
+                axes.plot(epochs[best], scores[best], "o", color=_ORANGE, **ring)
+                text = f"best test: {_percent(scores[best])} at epoch {epochs[best]:g}"
+                axes.set_title(text, loc="right", fontsize=11, color=_ORANGE)
+        axes.legend(frameon=False, loc="best")
+    _save(figure, path)
+
+
+def _column(rows: Sequence[Mapping[str, Any]], name: str) -> NDArray[np.float64]:
+    values = np.array([math.nan if row.get(name) in (None, "") else float(row[name]) for row in rows])
+    return np.where(np.isfinite(values), values, math.nan)
+
+
+def confusion(matrix: ArrayLike, classes: Sequence[str], path: str | os.PathLike[str]) -> None:
+    """Draws a confusion matrix: counts as numbers (up to 20 classes), shares of the true class as colour.
+
+    Beside each row stands the share of that class which was recognised.
+
+    Args:
+        matrix: (classes, classes) counts; rows are the true classes, columns the predicted ones.
+        classes: their names.
+        path: the PNG file to write.
+
+    Raises:
+        ValueError: when the matrix is not square with a row for each class.
+
+    Example::
+
+        pictures.confusion([[9, 1], [0, 10]], ["ants", "bees"], "confusion.png")
+    """
+    counts = np.asarray(matrix, dtype=np.int64)
+    n = len(classes)
+    if n == 0 or counts.shape != (n, n):
+        raise ValueError(f"a confusion matrix of {n} classes cannot have shape {counts.shape}")
+    totals = counts.sum(axis=1)
+    shares = counts / np.maximum(totals, 1)[:, None]
+    right, total = int(counts.trace()), int(totals.sum())
+    few = n <= 20
+
+    side = min(max(0.5 * n, 1.6), 7.0)
+    figure = _figure(side + 3.0, side + 2.0)
+    axes = figure.subplots()
+    shown = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest" if n <= 100 else "auto")
+    ticks = range(0, n, math.ceil(n / 20))
+    labels = [_fit(classes[tick], 24) for tick in ticks]
+    level = max(map(len, labels)) * 0.1 <= side / len(ticks)  # about 0.1 inches a letter
+    axes.set_xticks(ticks, labels)
+    if not level:
+        axes.tick_params(axis="x", labelrotation=45)
+        for label in axes.get_xticklabels():
+            label.set(ha="right", rotation_mode="anchor")
+    axes.set_yticks(ticks, labels)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    axes.tick_params(length=0 if few else 3)
+    axes.spines[:].set_color("#bbbbbb")
+    if few:
+        digits = len(str(counts.max()))
+        for row, column in np.ndindex(n, n):
+            if counts[row, column]:
+                color = "white" if shares[row, column] > 0.55 else "#333333"
+                size = min(11.0, 36 / digits)
+                text = str(counts[row, column])
+                axes.text(column, row, text, ha="center", va="center", color=color, fontsize=size)
+        recalls = [f"{shares[row, row]:.0%}" if totals[row] else "none" for row in range(n)]
+        right_axis = axes.secondary_yaxis("right")
+        right_axis.set_yticks(ticks, recalls, color=_GREY)
+        right_axis.tick_params(length=0)
+        right_axis.spines[:].set_visible(False)
+        right_axis.set_ylabel("recognised", color=_GREY)
+    else:
+        figure.colorbar(shown, ax=axes, shrink=0.8, format=PercentFormatter(1.0), label="share of the true class")
+    share = f" ({_percent(right / total)})" if total else ""
+    figure.suptitle(f"{right:,} of {total:,} right{share}", fontsize=13, fontweight="bold")
+    _save(figure, path)
+
+
+def prediction(image: Image.Image, answers: Sequence[tuple[str, float]], path: str | os.PathLike[str]) -> None:
+    """Draws a picture with the answer over it and the likeliest classes beside it.
+
+    Args:
+        image: the picture, of any size; small ones are enlarged with sharp pixels.
+        answers: (class name, probability), the likeliest first.
+        path: the PNG file to write.
+
+    Raises:
+        ValueError: when there are no answers.
+
+    Example::
+
+        pictures.prediction(data.read_image("ant.jpg"), [("ant", 0.87), ("bee", 0.13)], "answer.png")
+    """
+    if not answers:
+        raise ValueError("no answers to draw")
+    slots = max(5, len(answers))  # few bars do not grow fat
+    sharp = max(image.size) <= 128
+    shown = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
+    shown.thumbnail((1200, 1200))  # more pixels than are drawn cost seconds
+
+    figure = _figure(10, 0.65 * slots + 1.4)
+    left, bars = figure.subplots(1, 2, width_ratios=(1, 1))
+    left.imshow(np.asarray(shown), cmap="gray", vmin=0, vmax=255, interpolation="nearest" if sharp else "auto")
+    left.set_axis_off()
+
+    for row, (name, probability) in enumerate(answers):
+        color = _BLUE if row == 0 else "#9ab8cc"
+        bars.barh(row, probability, height=0.34, color=color)
+        bars.text(0, row - 0.26, _fit(name, 44), va="bottom", fontweight="bold" if row == 0 else "normal")
+        bars.text(probability + 0.015, row, _percent(probability), va="center", fontsize=9, color="#444444")
+    bars.set_xlim(0, 1.16)  # room for "100.0%"
+    bars.set_ylim(slots - 0.5, -0.75)
+    bars.set_axis_off()
+
+    name, probability = answers[0]
+    title = "\n".join(textwrap.wrap(f"{_fit(name, 110)}: {_percent(probability)}", 60))
+    figure.suptitle(title, fontsize=15, fontweight="bold")
+    _save(figure, path)
+
+
+def _figure(width: float, height: float) -> Figure:
+    margin = 0.12
+    layout = ConstrainedLayoutEngine(w_pad=margin, h_pad=margin, wspace=0.04)
+    return Figure(figsize=(width, height), layout=layout)
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}"
+
+
+def _fit(name: str, width: int) -> str:
+    """Cuts a long name, and keeps matplotlib from reading dollar signs as formulas."""
+    cut = name if len(name) <= width else name[: width - 1] + "…"
+    return cut.replace("$", r"\$")
+
+
+def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    with replacing(path) as file:
+        # matplotlib would write its version into the file
+        FigureCanvasAgg(figure).print_figure(file, format="png", dpi=130, metadata={"Software": None})

@@ -1,0 +1,105 @@
+"""Learning rates as functions of the step.
+
+A schedule takes the number of updates made so far, a scalar integer tensor, and gives a scalar float32 tensor.
+It is computed in tensor operations, so that it compiles without a new graph for every step, and maps over an
+ensemble. Schedules of several phases are compositions: ``warmup(5, cosine(0.1, 95))``.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+__all__ = ["Schedule", "constant", "cosine", "one_cycle", "step_decay", "warmup"]
+
+Schedule = Callable[[Tensor], Tensor]
+"""From the number of updates made so far to the learning rate of the next one."""
+
+
+def _check_steps(**steps: int) -> None:
+    for name, value in steps.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, found {value}")
+
+
+def _half_cosine(start: float, end: float, progress: Tensor) -> Tensor:
+    """From ``start`` at progress 0 to ``end`` at progress 1, level at both ends."""
+    return end + (start - end) / 2 * (1 + torch.cos(math.pi * progress))
+
+
+def constant(value: float) -> Schedule:
+    """The same at every step.
+
+    >>> float(constant(0.5)(torch.tensor(7)))
+    0.5
+    """
+    return lambda step: torch.full_like(step, value, dtype=torch.float32)
+
+
+def step_decay(initial: float, every: int, factor: float = 0.1) -> Schedule:
+    """``initial * factor ** (step // every)``: ResNet's recipe (arXiv:1512.03385, section 3.4).
+
+    >>> schedule = step_decay(1.0, every=30, factor=0.5)
+    >>> [float(schedule(torch.tensor(step))) for step in (0, 29, 30, 60)]
+    [1.0, 1.0, 0.5, 0.25]
+    """
+    _check_steps(every=every)
+    return lambda step: initial * torch.pow(factor, (step // every).float())
+
+
+def cosine(initial: float, steps: int, final: float = 0.0) -> Schedule:
+    """Half a cosine from ``initial`` at step 0 to ``final`` at ``steps`` and after (arXiv:1608.03983, equation 5).
+
+    >>> schedule = cosine(1.0, 100)
+    >>> [round(float(schedule(torch.tensor(step))), 3) for step in (0, 50, 100, 150)]
+    [1.0, 0.5, 0.0, 0.0]
+    """
+    _check_steps(steps=steps)
+    return lambda step: _half_cosine(initial, final, step.clamp(max=steps) / steps)
+
+
+def one_cycle(
+    peak: float, steps: int, *, warm: float = 0.3, start_divisor: float = 25.0, final_divisor: float = 1e4
+) -> Schedule:
+    """Up to ``peak`` and down again, on two half cosines (Smith and Topin, arXiv:1708.07120).
+
+    It starts at ``peak / start_divisor``, peaks at ``warm * steps - 1``, and is ``peak / start_divisor /
+    final_divisor`` at the last step, number ``steps - 1``, and after. The values are those of
+    ``torch.optim.lr_scheduler.OneCycleLR``; the momentum does not move.
+
+    Raises:
+        ValueError: unless ``0 < warm < 1`` and the rise and the fall both take some time.
+    """
+    top = warm * steps - 1
+    if not 0 < top < steps - 1:
+        raise ValueError(f"a cycle of {steps} steps cannot rise for a share of {warm} of them and then fall")
+    start = peak / start_divisor
+    final = start / final_divisor
+
+    def schedule(step: Tensor) -> Tensor:
+        up = _half_cosine(start, peak, step / top)
+        down = _half_cosine(peak, final, (step.clamp(max=steps - 1) - top) / (steps - 1 - top))
+        return torch.where(step <= top, up, down)
+
+    return schedule
+
+
+def warmup(steps: int, then: float | Schedule, start: float = 0.0) -> Schedule:
+    """Rise in a straight line for ``steps`` steps, from ``start`` to where ``then`` begins; then follow ``then``.
+
+    ``then`` counts from the end of the rise (Goyal et al., arXiv:1706.02677, section 2.2).
+
+    >>> schedule = warmup(4, step_decay(1.0, every=10), start=0.2)
+    >>> [round(float(schedule(torch.tensor(step))), 3) for step in (0, 2, 4, 13, 14)]
+    [0.2, 0.6, 1.0, 1.0, 0.1]
+    """
+    _check_steps(steps=steps)
+    after = then if callable(then) else constant(then)
+
+    def schedule(step: Tensor) -> Tensor:
+        # Before the end of the rise this is the value it rises to.
+        target = after((step - steps).clamp(min=0))
+        return torch.lerp(torch.full_like(target, start), target, (step / steps).clamp(max=1))
+
+    return schedule

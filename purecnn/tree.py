@@ -1,0 +1,82 @@
+"""Trees: nested dictionaries of tensors, the one container of parameters, statistics and gradients.
+
+A *path* is the names from the root to a leaf joined by dots, as in ``"stage1.0.conv1.weight"``.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+Tree: TypeAlias = dict[str, Any]
+"""A nested dictionary whose leaves are tensors."""
+
+
+def _walk(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, child in tree.items():
+        if isinstance(child, Mapping):
+            yield from _walk(child, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", child
+
+
+def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves of a tree by path, in the tree's order.
+
+    >>> flatten({"stem": {"conv1": {"weight": 1, "bias": 2}}, "head": {"weight": 3}})
+    {'stem.conv1.weight': 1, 'stem.conv1.bias': 2, 'head.weight': 3}
+    """
+    return dict(_walk(tree, ""))
+
+
+def unflatten(leaves: Mapping[str, Any]) -> Tree:
+    """The tree that `flatten` would turn into ``leaves``.
+
+    >>> unflatten({"stem.conv1.weight": 1, "head.weight": 2})
+    {'stem': {'conv1': {'weight': 1}}, 'head': {'weight': 2}}
+
+    Raises:
+        ValueError: if one path is a leaf and also the beginning of another path.
+    """
+    tree: Tree = {}
+    for path, leaf in leaves.items():
+        *parents, name = path.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"{path!r} goes through {parent!r}, which is already a leaf")
+        if name in node:
+            raise ValueError(f"{path!r} is there already")
+        node[name] = leaf
+    return tree
+
+
+def map(function: Callable[..., Any], tree: Mapping[str, Any], *others: Mapping[str, Any]) -> Tree:
+    """Apply ``function`` to the leaves of one tree, or of several with the same names.
+
+    >>> map(lambda a, b: a + b, {"w": 1, "c": {"w": 2}}, {"w": 10, "c": {"w": 20}})
+    {'w': 11, 'c': {'w': 22}}
+
+    Raises:
+        ValueError: if the trees' names differ.
+    """
+    for other in others:
+        if tree.keys() != other.keys():
+            raise ValueError(f"the trees differ: {sorted(tree)} and {sorted(other)}")
+    return {
+        name: map(function, child, *(other[name] for other in others))
+        if isinstance(child, Mapping)
+        else function(child, *(other[name] for other in others))
+        for name, child in tree.items()
+    }
+
+
+def size(tree: Mapping[str, Any]) -> int:
+    """How many numbers the leaves hold together.
+
+    >>> import torch
+    >>> size({"weight": torch.zeros(3, 4), "bias": torch.zeros(3)})
+    15
+    """
+    return sum(leaf.numel() for leaf in flatten(tree).values() if isinstance(leaf, Tensor))

@@ -1,0 +1,126 @@
+"""ResNet, and its wider and grouped descendants Wide ResNet and ResNeXt.
+
+    He, Zhang, Ren, Sun. Deep Residual Learning for Image Recognition. CVPR 2016, arXiv:1512.03385.
+    Xie, Girshick, Dollar, Tu, He. Aggregated Residual Transformations for Deep Neural Networks. CVPR 2017,
+    arXiv:1611.05431.
+    Zagoruyko, Komodakis. Wide Residual Networks. BMVC 2016, arXiv:1605.07146.
+
+One function builds all three, because ResNeXt and the ImageNet Wide ResNet differ from ResNet in the width and
+the groups of a bottleneck's middle convolution alone.
+
+Deviations from the paper, all of them torchvision's: the stride of a bottleneck sits on the 3x3 convolution
+("v1.5") where the paper has it on the first 1x1.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import Tensor
+
+from purecnn.initializers import Initializer, kaiming_normal
+from purecnn.layer import Layer, Mode, add, numbered, serial
+from purecnn.layers import batch_norm, conv, global_avg_pool, linear, max_pool, relu
+from purecnn.paper import Paper, Variant
+from purecnn.tree import Tree
+
+RESNET = Paper("Deep Residual Learning for Image Recognition", "He, Zhang, Ren, Sun", 2015, "arXiv:1512.03385")
+RESNEXT = Paper(
+    "Aggregated Residual Transformations for Deep Neural Networks",
+    "Xie, Girshick, Dollar, Tu, He",
+    2016,
+    "arXiv:1611.05431",
+)
+WIDE = Paper("Wide Residual Networks", "Zagoruyko, Komodakis", 2016, "arXiv:1605.07146")
+
+he = kaiming_normal("fan_out")
+
+
+def projection(width: int, stride: int) -> Layer:
+    """The shortcut of section 3.3, option B: the identity, or a 1x1 convolution where the shape changes."""
+    change = serial(conv=conv(width, 1, stride, init=he), norm=batch_norm())
+
+    def init(x: Tensor, mode: Mode) -> tuple[Tree, Tree, Tensor]:
+        return ({}, {}, x) if stride == 1 and x.shape[1] == width else change.init(x, mode)
+
+    def apply(params: Tree, state: Tree, x: Tensor, mode: Mode) -> tuple[Tensor, Tree]:
+        return change.apply(params, state, x, mode) if params else (x, state)
+
+    return Layer(init, apply, change.names)
+
+
+def basic(width: int, stride: int, groups: int, width_per_group: int) -> Layer:
+    """Figure 5, left: two 3x3 convolutions; for ResNet-18 and 34."""
+    if (groups, width_per_group) != (1, 64):
+        raise ValueError(f"a basic block has groups=1 and width_per_group=64, found {groups} and {width_per_group}")
+    main = serial(
+        conv1=conv(width, 3, stride, init=he), norm1=batch_norm(), relu1=relu,
+        conv2=conv(width, 3, init=he), norm2=batch_norm(),
+    )  # fmt: skip
+    return serial(add(main, shortcut=projection(width, stride)), relu)
+
+
+def bottleneck(width: int, stride: int, groups: int, width_per_group: int) -> Layer:
+    """Figure 5, right: 1x1, 3x3, 1x1. The 3x3 has ``groups`` groups of ``width_per_group * width / 64``."""
+    inner = width * width_per_group // 64 * groups
+    main = serial(
+        conv1=conv(inner, 1, init=he), norm1=batch_norm(), relu1=relu,
+        conv2=conv(inner, 3, stride, groups=groups, init=he), norm2=batch_norm(), relu2=relu,
+        conv3=conv(4 * width, 1, init=he), norm3=batch_norm(),
+    )  # fmt: skip
+    return serial(add(main, shortcut=projection(4 * width, stride)), relu)
+
+
+BLOCKS = {"basic": basic, "bottleneck": bottleneck}
+
+
+def resnet(
+    block: Literal["basic", "bottleneck"],
+    depths: Sequence[int],
+    *,
+    num_classes: int = 1000,
+    groups: int = 1,
+    width_per_group: int = 64,
+) -> Layer:
+    """Table 1 of the paper.
+
+    Args:
+        block: `basic` or `bottleneck`.
+        depths: blocks in each stage.
+        num_classes: outputs of the head.
+        groups: cardinality (ResNeXt).
+        width_per_group: channels of a group in the first stage's bottleneck; 128 doubles the width (Wide ResNet).
+    """
+    stages = {
+        f"stage{i + 1}": numbered(
+            *(BLOCKS[block](64 << i, 2 if i and not j else 1, groups, width_per_group) for j in range(depth))
+        )
+        for i, depth in enumerate(depths)
+    }
+    return serial(
+        stem=serial(conv=conv(64, 7, 2, init=he), norm=batch_norm(), relu=relu, pool=max_pool(3, 2, 1)),
+        **stages,
+        head=serial(global_avg_pool, linear=linear(num_classes)),
+    )
+
+
+def paper_law(path: str, shape: tuple[int, ...]) -> Initializer | float | None:
+    """Section 3.4 of the paper: He's rule with the fan-in, where torchvision takes the fan-out."""
+    return kaiming_normal("fan_in") if len(shape) == 4 else None
+
+
+def _variant(block: str, *depths: int, paper: Paper = RESNET, **settings: int) -> Variant:
+    return Variant(resnet, paper, {"block": block, "depths": depths, **settings}, paper_law=paper_law)
+
+
+VARIANTS = {
+    "resnet18": _variant("basic", 2, 2, 2, 2),
+    "resnet34": _variant("basic", 3, 4, 6, 3),
+    "resnet50": _variant("bottleneck", 3, 4, 6, 3),
+    "resnet101": _variant("bottleneck", 3, 4, 23, 3),
+    "resnet152": _variant("bottleneck", 3, 8, 36, 3),
+    "wide_resnet50_2": _variant("bottleneck", 3, 4, 6, 3, paper=WIDE, width_per_group=128),
+    "wide_resnet101_2": _variant("bottleneck", 3, 4, 23, 3, paper=WIDE, width_per_group=128),
+    "resnext50_32x4d": _variant("bottleneck", 3, 4, 6, 3, paper=RESNEXT, groups=32, width_per_group=4),
+    "resnext101_32x8d": _variant("bottleneck", 3, 4, 23, 3, paper=RESNEXT, groups=32, width_per_group=8),
+    "resnext101_64x4d": _variant("bottleneck", 3, 4, 23, 3, paper=RESNEXT, groups=64, width_per_group=4),
+}

@@ -1,0 +1,81 @@
+"""SqueezeNet: AlexNet's accuracy from fifty times fewer parameters.
+
+    Iandola, Han, Moskewicz, Ashraf, Dally, Keutzer. SqueezeNet: AlexNet-level accuracy with 50x fewer parameters
+    and <0.5MB model size. 2016, arXiv:1602.07360.
+
+Version 1.0 is the paper's. Version 1.1, from the authors' repository, has a smaller stem and pools earlier: 2.4
+times less computation. The head ends in a rectifier, as in the paper: a freshly drawn one with a bold learning
+rate can die.
+"""
+
+from collections.abc import Sequence
+
+from purecnn import layers
+from purecnn.initializers import kaiming_uniform, normal
+from purecnn.layer import Layer, concat, numbered, serial
+from purecnn.layers import conv, global_avg_pool, max_pool, relu
+from purecnn.paper import Paper, Variant
+
+PAPER = Paper(
+    "SqueezeNet: AlexNet-level accuracy with 50x fewer parameters and <0.5MB model size",
+    "Iandola, Han, Moskewicz, Ashraf, Dally, Keutzer",
+    2016,
+    "arXiv:1602.07360",
+)
+
+he = kaiming_uniform()
+
+
+def fire(squeeze: int) -> Layer:
+    """Figure 1: a 1x1 convolution squeezes; a 1x1 and a 3x3, side by side, each expand fourfold."""
+    return serial(
+        squeeze=conv(squeeze, 1, bias=True, init=he, bias_init=0.0), relu1=relu,
+        expand=concat(
+            expand1=conv(4 * squeeze, 1, bias=True, init=he, bias_init=0.0),
+            expand3=conv(4 * squeeze, 3, bias=True, init=he, bias_init=0.0),
+        ),
+        relu2=relu,
+    )  # fmt: skip
+
+
+def squeezenet(
+    stem_width: int,
+    stem_kernel: int,
+    depths: Sequence[int],
+    *,
+    squeeze: int = 16,
+    num_classes: int = 1000,
+    dropout: float = 0.5,
+) -> Layer:
+    """Table 1 of the paper.
+
+    Args:
+        stem_width: channels of the first convolution.
+        stem_kernel: side of its kernel, pixels.
+        depths: fire modules in each stage; a pool stands before each stage.
+        squeeze: channels to which the first two modules squeeze; every second module adds as many again.
+        num_classes: outputs of the head.
+        dropout: rate before the head's convolution.
+    """
+    fires = iter(fire(squeeze * (1 + i // 2)) for i in range(sum(depths)))
+    pool = max_pool(3, 2, ceil_mode=True)
+    stages = {
+        f"stage{i}": serial(pool, numbered(*(next(fires) for _ in range(depth))))
+        for i, depth in enumerate(depths, start=1)
+    }
+    return serial(
+        stem=serial(conv=conv(stem_width, stem_kernel, 2, padding=0, bias=True, init=he, bias_init=0.0), relu=relu),
+        **stages,
+        head=serial(
+            layers.dropout(dropout),
+            conv=conv(num_classes, 1, bias=True, init=normal(0.01), bias_init=0.0),
+            relu=relu,
+            pool=global_avg_pool,
+        ),
+    )
+
+
+VARIANTS = {
+    "squeezenet1_0": Variant(squeezenet, PAPER, {"stem_width": 96, "stem_kernel": 7, "depths": (3, 4, 1)}),
+    "squeezenet1_1": Variant(squeezenet, PAPER, {"stem_width": 64, "stem_kernel": 3, "depths": (2, 2, 4)}),
+}

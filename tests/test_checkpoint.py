@@ -1,0 +1,169 @@
+"""Checkpoints and files of tensors: what is saved comes back, and bad files are refused by name."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+import purecnn
+from converters import checkpoint, files, sources
+from converters import torchvision as tv
+from converters.rules import ConversionError
+from purecnn import random, tree
+from purecnn.data import Preprocessing
+
+
+def same(first: tree.Tree, second: tree.Tree) -> bool:
+    a, b = tree.flatten(first), tree.flatten(second)
+    return list(a) == list(b) and all(torch.equal(a[path], b[path]) for path in a)
+
+
+@given(
+    name=st.sampled_from(["lenet5", "squeezenet1_1"]),
+    classes=st.integers(1, 20),
+    channels=st.integers(1, 4),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_save_then_load_is_the_identity(
+    tmp_path_factory: pytest.TempPathFactory, name: str, classes: int, channels: int, seed: int
+) -> None:
+    path = tmp_path_factory.mktemp("checkpoint") / "x.safetensors"
+    model = purecnn.create(name, num_classes=classes, in_channels=channels)
+    params, state = model.init(random.key(seed))
+    prepare = Preprocessing(size=32, resize=40)
+    checkpoint.save(path, model, params, state, preprocessing=prepare, classes=[f"class {i}" for i in range(classes)])
+    loaded, params_again, state_again = checkpoint.load(path)
+    assert (loaded.name, json.dumps(dict(loaded.settings))) == (name, json.dumps(dict(model.settings)))
+    assert same(params, params_again)
+    assert same(state, state_again)
+    about = checkpoint.about(path)
+    assert about.preprocessing == prepare
+    assert about.classes == tuple(f"class {i}" for i in range(classes))
+
+
+def test_statistics_and_their_order_come_back(tmp_path: Path) -> None:
+    model = purecnn.create("resnet18", num_classes=3, in_channels=1)
+    params, state = model.init(random.key(0))
+    checkpoint.save(tmp_path / "x.safetensors", model, params, state)
+    _, params_again, state_again = checkpoint.load(tmp_path / "x.safetensors")
+    assert same(params, params_again)
+    assert same(state, state_again)
+
+
+def test_shared_strided_and_partial_tensors_are_written(tmp_path: Path) -> None:
+    base = torch.arange(24.0).reshape(2, 3, 2, 2)
+    tensors = {
+        "whole": base,
+        "again": base,
+        "part": base[1],
+        "turned": base.transpose(0, 1),
+        "channels_last": base.contiguous(memory_format=torch.channels_last),
+    }
+    files.write(tmp_path / "x.safetensors", tensors)
+    found = files.read(tmp_path / "x.safetensors")
+    assert all(torch.equal(found[key], tensor) for key, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_a_state_dict_keeps_order_and_versions(tmp_path: Path, suffix: str) -> None:
+    model = purecnn.create("resnet18", num_classes=2)
+    state_dict = tv.to_state_dict(model, *model.init(random.key(0)))
+    files.write(tmp_path / f"x{suffix}", state_dict)
+    found = files.read(tmp_path / f"x{suffix}")
+    assert list(found) == list(state_dict)
+    assert found._metadata == state_dict._metadata  # type: ignore[attr-defined]
+    assert all(torch.equal(found[key], tensor) for key, tensor in state_dict.items())
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = purecnn.create("lenet5")
+    path = tmp_path / "x.safetensors"
+    params, state = model.init(random.key(0))
+    checkpoint.save(path, model, params, state)
+    before = path.read_bytes()
+
+    def fail(*_: object) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(files, "save_file", fail)
+    with pytest.raises(OSError, match="full"):
+        checkpoint.save(path, model, *model.init(random.key(1)))
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_trees_of_another_model_are_not_saved(tmp_path: Path) -> None:
+    params, state = purecnn.create("lenet5", num_classes=3).init(random.key(0))
+    with pytest.raises(ConversionError, match=r"head\.linear\.weight .*expected \(10, 84\), found \(3, 84\)"):
+        checkpoint.save(tmp_path / "x.safetensors", purecnn.create("lenet5"), params, state)
+    assert not any(tmp_path.iterdir())
+
+
+def test_bad_files_are_named(tmp_path: Path) -> None:
+    model = purecnn.create("lenet5")
+    good = tmp_path / "good.safetensors"
+    checkpoint.save(good, model, *model.init(random.key(0)))
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(good.read_bytes()[:1000])
+    foreign = tmp_path / "foreign.safetensors"
+    save_file({"x": torch.zeros(1)}, foreign)
+    noise = tmp_path / "noise.pth"
+    noise.write_bytes(b"this is no pickle")
+    pickled = tmp_path / "pickled.pth"
+    torch.save({"model": object}, pickled)
+    for path, read in [
+        (tmp_path / "none.safetensors", checkpoint.load),
+        (tmp_path / "none.pth", files.read),
+        (cut, checkpoint.load),
+        (foreign, checkpoint.load),
+        (noise, files.read),
+        (pickled, files.read),
+    ]:
+        with pytest.raises(files.FileError, match=path.name):
+            read(path)
+    with pytest.raises(files.FileError, match=r"\.safetensors or \.pth"):
+        files.write(tmp_path / "x.txt", {})
+
+
+def test_a_checkpoint_of_an_unknown_model(tmp_path: Path) -> None:
+    metadata = {
+        "format": checkpoint.FORMAT,
+        "model": "lenet6",
+        "settings": "{}",
+        "preprocessing": "null",
+        "classes": "null",
+    }
+    save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors", metadata)
+    with pytest.raises(files.FileError, match=r"lenet6.*did you mean lenet5"):
+        checkpoint.load(tmp_path / "x.safetensors")
+
+
+def test_sources(tmp_path: Path) -> None:
+    model = purecnn.create("squeezenet1_1", num_classes=7)
+    params, state = model.init(random.key(0))
+    checkpoint.save(tmp_path / "ours.safetensors", model, params, state, classes=list("abcdefg"))
+    files.write(tmp_path / "theirs.pth", tv.to_state_dict(model, params, state))
+    ours = sources.load(tmp_path / "ours.safetensors")
+    theirs = sources.load(tmp_path / "theirs.pth", "squeezenet1_1")
+    assert same(ours.params, theirs.params)
+    assert (ours.classes, theirs.classes) == (tuple("abcdefg"), None)
+    assert theirs.model.num_classes == 7  # counted in the file
+    with pytest.raises(ConversionError, match="checkpoint of squeezenet1_1, not of lenet5"):
+        sources.load(tmp_path / "ours.safetensors", "lenet5")
+    with pytest.raises(ConversionError, match="name the model"):
+        sources.load(tmp_path / "theirs.pth")
+    with pytest.raises(ConversionError, match="name of a model"):
+        sources.load("DEFAULT")
+
+
+def test_weights_with_a_thousand_classes_are_imagenets(tmp_path: Path) -> None:
+    model = purecnn.create("squeezenet1_1")
+    files.write(tmp_path / "x.safetensors", tv.to_state_dict(model, *model.init(random.key(0))))
+    found = sources.load(tmp_path / "x.safetensors", "squeezenet1_1")
+    assert found.classes is not None
+    assert found.classes[:2] == ("tench", "goldfish")
+    assert found.preprocessing == Preprocessing()

@@ -1,0 +1,206 @@
+"""The command line, as a user calls it; what it prints, what it leaves, and its exit codes."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+import purecnn
+from converters import checkpoint, cli, files
+from converters import torchvision as tv
+from purecnn import data, random
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def call(*words: str) -> Result:
+    return CliRunner().invoke(cli.app, list(words))
+
+
+def fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[int, str]:
+    """Exit code and error of the whole program."""
+    monkeypatch.setattr("sys.argv", ["purecnn", *words])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return int(stop.value.code or 0), " ".join(re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().err).split())
+
+
+def make_pictures(root: Path, broken: bool = False) -> Path:
+    """Dark and bright squares, in the layout of ImageFolder."""
+    for half in ("train", "val"):
+        for name, level in (("bright", 220), ("dark", 30)):
+            for i in range(6):
+                path = root / half / name / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (40, 36), (level + i, level, level - i)).save(path)
+    if broken:
+        (root / "train" / "dark" / "notes.txt").write_text("no picture")
+    return root
+
+
+def test_list() -> None:
+    result = call("list", "resnet*")
+    assert result.exit_code == 0
+    assert "resnet18" in result.output
+    assert "25,557,032" in result.output
+    assert "IMAGENET1K_V2 80.9" in result.output
+    rows = json.loads(call("list", "*v2*", "--json").output)
+    assert [row["name"] for row in rows] == purecnn.list_models("*v2*")
+    assert rows[0]["weights"]["IMAGENET1K_V2"] == {"acc@1": 72.154, "acc@5": 90.822}
+
+
+def test_inspect() -> None:
+    result = call("inspect", "lenet5")
+    assert "61,706" in result.output
+    assert re.search(r"stage1\s+16 x 5 x 5\s+2,416", result.output)
+    rows = json.loads(call("inspect", "resnet50", "--json").output)
+    assert rows[0] == {"path": "", "output": [1000], "parameters": 25557032, "macs": 4089184256}
+    assert json.loads(call("inspect", "resnet18", "--classes", "7", "--json").output)[0]["output"] == [7]
+
+
+def test_train_evaluate_predict(folder: Path) -> None:
+    result = call("train", "lenet5", "--data", "digits", "--epochs", "2", "--out", "run", "--json")
+    assert result.exit_code == 0, result.output
+    summary = json.loads(result.stdout)
+    assert summary["test_accuracy"] > 0.5
+    names = {"checkpoint.safetensors", "metrics.csv", "curves.png", "confusion.png", "config.json", "example.png"}
+    assert {path.name for path in (folder / "run").iterdir()} == names
+    assert len((folder / "run" / "metrics.csv").read_text().splitlines()) == 3
+
+    found = json.loads(call("evaluate", "run/checkpoint.safetensors", "--data", "digits", "--json").stdout)
+    assert found["accuracy"] == pytest.approx(summary["test_accuracy"])
+    assert found["per_class"].keys() == set("0123456789")
+
+    answer = json.loads(call("predict", "run/example.png", "--from", "run/checkpoint.safetensors", "--json").stdout)
+    assert len(answer[0]["answers"]) == 5
+    assert Path(answer[0]["picture"]).read_bytes().startswith(b"\x89PNG")
+
+    again = json.loads((folder / "run" / "config.json").read_text())["command"].split()
+    assert call(*again[1:], "--out", "again").exit_code == 0
+    first, second = (files.read(folder / run / "checkpoint.safetensors") for run in ("run", "again"))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_run_overwrites_nothing(folder: Path) -> None:
+    (folder / "run").mkdir()
+    (folder / "run" / "thesis.txt").write_text("mine")
+    result = call("train", "lenet5", "--out", "run")
+    assert result.exit_code == 2
+    assert "not empty" in result.output
+    assert [path.name for path in (folder / "run").iterdir()] == ["thesis.txt"]
+    (folder / "x.safetensors").touch()
+    assert call("convert", "x.safetensors", "x.safetensors").exit_code == 2
+
+
+def test_fine_tune_from_torchvisions_names(folder: Path) -> None:
+    model = purecnn.create("squeezenet1_1", num_classes=5)
+    files.write("weights.pth", tv.to_state_dict(model, *model.init(random.key(0))))
+    make_pictures(folder / "pictures")
+    words = ["train", "squeezenet1_1", "--from", "weights.pth", "--data", "pictures", "--epochs", "1"]
+    result = call(*words, "--image-size", "40", "--head-epochs", "1", "--out", "run")
+    assert result.exit_code == 0, result.output
+    tuned, params, _ = checkpoint.load("run/checkpoint.safetensors")
+    assert tuned.num_classes == 2
+    before = tv.from_state_dict(model, files.read("weights.pth"))[0]
+    assert torch.equal(params["stem"]["conv"]["weight"], before["stem"]["conv"]["weight"])
+    assert checkpoint.about("run/checkpoint.safetensors").classes == ("bright", "dark")
+
+
+def test_convert_there_and_back(folder: Path) -> None:
+    model = purecnn.create("squeezenet1_1")
+    state_dict = tv.to_state_dict(model, *model.init(random.key(0)))
+    files.write("theirs.pth", state_dict)
+    assert call("convert", "theirs.pth", "ours.safetensors", "--model", "squeezenet1_1").exit_code == 0
+    assert checkpoint.about("ours.safetensors").classes is not None
+    assert call("convert", "ours.safetensors", "back.pth", "--to", "torchvision").exit_code == 0
+    back = files.read("back.pth")
+    assert list(back) == list(state_dict)
+    assert all(torch.equal(back[key], tensor) for key, tensor in state_dict.items())
+
+
+def test_verify() -> None:
+    rows = json.loads(call("verify", "squeezenet1_1", "--image-size", "64", "--json").stdout)
+    assert rows[0]["model"] == "squeezenet1_1"
+    assert rows[0]["equal"] is True
+
+
+def test_verify_notices_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*words: object, **settings: object) -> object:
+        params, state = right(*words, **settings)  # type: ignore[arg-type]
+        params["head"]["conv"]["bias"] = params["head"]["conv"]["bias"] + 1
+        return params, state
+
+    right = tv.from_state_dict
+    monkeypatch.setattr(tv, "from_state_dict", wrong)
+    result = call("verify", "squeezenet1_1", "--image-size", "64")
+    assert result.exit_code == 1
+    assert "DIFFERS" in result.output
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "resnt50"], "did you mean resnet50"),
+        (["train", "lenet5", "--data", "digts"], "digits"),
+        (["train", "lenet5", "--epochs", "0"], "--epochs"),
+        (["train", "lenet5", "--bogus"], "--bogus"),
+        (["train", "lenet5", "--device", "abacus"], "abacus"),
+        (["evaluate", "none.safetensors"], "none.safetensors does not exist"),
+        (["predict", "none.png", "--from", "x.safetensors"], "none.png does not exist"),
+        (["list", "xyz*"], "xyz"),
+        (["verify"], "--all"),
+        (["inspect"], "MODEL"),
+    ],
+)
+def test_misuse(
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    message: str,
+) -> None:
+    code, error = fails(capsys, monkeypatch, *words)
+    assert code == 2
+    assert message in error
+    assert not any(folder.iterdir())
+
+
+def test_failures(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = purecnn.create("lenet5")
+    checkpoint.save("good.safetensors", model, *model.init(random.key(0)), classes=list("abcdefghij"))
+    Path("cut.safetensors").write_bytes(Path("good.safetensors").read_bytes()[:500])
+    make_pictures(folder / "pictures", broken=True)
+    Path("text.png").write_text("no picture")
+    for words, message in [
+        (["evaluate", "cut.safetensors"], "cut.safetensors is damaged"),
+        (["evaluate", "good.safetensors", "--data", "digits"], "classes"),
+        (["train", "squeezenet1_1", "--from", "good.safetensors"], "a checkpoint of lenet5, not of squeezenet1_1"),
+        (["train", "squeezenet1_1", "--data", "pictures"], "notes.txt"),
+        (["train", "resnet18", "--data", "digits", "--image-size", "8", "--lr", "1e30", "--epochs", "1"], "loss is"),
+        (["train", "squeezenet1_1", "--data", "digits", "--image-size", "8"], "in layer"),
+        (["predict", "text.png", "--from", "good.safetensors"], "how its images are prepared"),
+    ]:
+        code, error = fails(capsys, monkeypatch, *words)
+        assert (code, message in error) == (1, True), f"{words}: {error}"
+
+
+def test_what_is_no_picture_can_be_skipped(folder: Path) -> None:
+    make_pictures(folder / "pictures", broken=True)
+    words = ["train", "squeezenet1_1", "--data", "pictures", "--image-size", "40", "--epochs", "1", "--skip-bad"]
+    result = call(*words, "--out", "run")
+    assert result.exit_code == 0, result.output
+    assert "notes.txt" in (folder / "run" / "config.json").read_text()
+
+
+def test_the_library_does_not_know_the_converters() -> None:
+    package = Path(purecnn.__file__).parent
+    assert not [path for path in package.rglob("*.py") if re.search(r"(import|from) converters", path.read_text())]
+    assert data.names()[0] == "digits"

@@ -1,0 +1,58 @@
+"""Every example runs: those in the docstrings, in the README and in the pages of ``docs``.
+
+In a page, blocks marked ``python`` are run in order, in one namespace; lines of ``console`` blocks that begin with
+``purecnn`` are run by the command line. Both in a folder of their own, in which the page may leave files.
+"""
+
+import doctest
+import importlib
+import pkgutil
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import converters
+import purecnn
+from converters.cli import app
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MODULES = sorted(
+    module.name
+    for package in (purecnn, converters)
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+)
+BLOCK = re.compile(r"^```(python|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstrings(name: str) -> None:
+    module = importlib.import_module(name)
+    assert doctest.testmod(module).failed == 0
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_page(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = page.read_text()
+    namespace: dict[str, object] = {}
+    for block in BLOCK.finditer(text):
+        line = text[: block.start()].count("\n") + 1
+        kind, code = block.groups()
+        if kind == "python":
+            # The empty lines let an error name the line in the page.
+            exec(compile("\n" * line + code, str(page), "exec"), namespace)
+        else:
+            for command in code.splitlines():
+                if command.startswith("purecnn "):
+                    result = CliRunner().invoke(app, shlex.split(command, comments=True)[1:], catch_exceptions=False)
+                    assert result.exit_code == 0, f"{page.name}, line {line}: {command}\n{result.output}"
+
+
+def test_readme_has_the_test_command() -> None:
+    """What CI runs is what the README tells a newcomer to run."""
+    command = (ROOT / ".ci" / "run").read_text().splitlines()[-1]
+    assert command in (ROOT / "README.md").read_text()

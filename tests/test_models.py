@@ -1,0 +1,314 @@
+"""The registry, the settings, and the one anatomy of all networks."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import purecnn
+from purecnn import UnknownModelError, layers, model, random, tree
+from purecnn.zoo import VARIANTS
+from tests.table import CASES, TABLE, Case, differences, family, heads, quiet, unsettled
+
+each_family = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+each_model = pytest.mark.parametrize("name", TABLE)
+
+
+def test_table_has_every_model_and_every_family() -> None:
+    assert purecnn.list_models() == list(VARIANTS)
+    assert sorted(TABLE) == sorted(VARIANTS)
+    assert sorted(CASES) == sorted({family(name) for name in VARIANTS})
+
+
+@each_model
+def test_parameter_count_is_the_published_one(name: str) -> None:
+    params, _ = purecnn.create(name).spec()
+    assert tree.size(params) == TABLE[name].parameters
+
+
+@each_model
+def test_paper_is_cited(name: str) -> None:
+    paper = purecnn.create(name).paper
+    assert paper.title
+    assert paper.authors
+    assert 1979 <= paper.year <= 2026
+    assert paper.reference.startswith(("arXiv:", "doi:"))
+
+
+def test_googlenet_without_auxiliary_heads() -> None:
+    bare = purecnn.create("googlenet", aux_logits=False)
+    assert tree.size(bare.spec()[0]) == 6_624_904
+
+
+def test_lenet_of_colour_images() -> None:
+    assert tree.size(purecnn.create("lenet5", in_channels=3).spec()[0]) == 62_006
+
+
+@each_model
+def test_anatomy_is_stem_stages_head(name: str) -> None:
+    params, state = purecnn.create(name).spec()
+    body = [part for part in params if not part.startswith("aux")]
+    assert body == ["stem", *(f"stage{i}" for i in range(1, len(body) - 1)), "head"]
+    assert len(body) >= 3
+    assert set(state) <= set(params)
+    assert {path.rpartition(".")[2] for path in tree.flatten(params)} <= {"weight", "bias", "layer_scale"}
+    assert {path.rpartition(".")[2] for path in tree.flatten(state)} <= {"mean", "var", "count"}
+
+
+@each_model
+def test_settings_build_the_model_again(name: str) -> None:
+    first = purecnn.create(name, num_classes=7)
+    written = json.loads(json.dumps(dict(first.settings)))
+    again = purecnn.create(name, **written)
+    assert json.loads(json.dumps(dict(again.settings))) == written
+    for a, b in zip(first.spec(), again.spec(), strict=True):
+        assert tree.map(lambda leaf: leaf.shape, a) == tree.map(lambda leaf: leaf.shape, b)
+
+
+def test_settings_cannot_be_changed() -> None:
+    settings: Any = purecnn.create("resnet18").settings
+    with pytest.raises(TypeError):
+        settings["num_classes"] = 3
+
+
+@each_model
+def test_declared_draws_are_all_there_are(name: str) -> None:
+    """With the table's rates at 0 training runs without a key."""
+    small = CASES[family(name)]
+    if small.name == name:
+        params, state = small.quiet().init(random.key(0))
+        small.quiet().apply(params, state, small.images(), train=True)
+    else:
+        assert TABLE[name].draws == TABLE[small.name].draws
+
+
+@each_family
+def test_init_is_what_spec_says(case: Case) -> None:
+    drawn, abstract = case.model().init(random.key(0)), case.model().spec()
+    for a, b in zip(drawn, abstract, strict=True):
+        flat, meta = tree.flatten(a), tree.flatten(b)
+        assert list(flat) == list(meta)
+        assert all(leaf.is_meta for leaf in meta.values())
+        assert not any(leaf.is_meta for leaf in flat.values())
+        assert {path: (leaf.shape, leaf.dtype) for path, leaf in flat.items()} == {
+            path: (leaf.shape, leaf.dtype) for path, leaf in meta.items()
+        }
+
+
+@each_family
+def test_init_depends_on_the_key_alone(case: Case) -> None:
+    first, again, other = (case.model().init(random.key(seed)) for seed in (0, 0, 1))
+    assert [differences(a, b) for a, b in zip(first, again, strict=True)] == [[], []]
+    weights = {path for path in tree.flatten(first[0]) if path.endswith("linear.weight") or ".conv" in path}
+    assert weights & set(differences(first[0], other[0]))
+
+
+@each_family
+def test_leaves_share_no_memory_and_no_values(case: Case) -> None:
+    params, state = case.model().init(random.key(0))
+    leaves = tree.flatten({"params": params, "state": state})
+    assert len({leaf.data_ptr() for leaf in leaves.values()}) == len(leaves)
+    drawn = [leaf.flatten()[:4] for path, leaf in leaves.items() if leaf.ndim > 1 and not path.endswith("layer_scale")]
+    assert len({tuple(values.tolist()) for values in drawn}) == len(drawn)
+
+
+@each_family
+def test_shapes_of_outputs(case: Case) -> None:
+    net = case.quiet()
+    params, state = net.init(random.key(0))
+    x = case.images(3)
+    logits, same = net.apply(params, state, x)
+    assert logits.shape == (3, net.num_classes)
+    assert same is state
+    trained, new_state = net.apply(params, state, x, train=True)
+    assert {output.shape for output in heads(trained)} == {(3, net.num_classes)}
+    assert isinstance(trained, purecnn.Outputs) == any(part.startswith("aux") for part in params)
+    assert list(tree.flatten(new_state)) == list(tree.flatten(state))
+    _, frozen = net.apply(params, state, x, train=True, statistics="running")
+    assert frozen is state
+    _, recalibrated = net.apply(params, state, x, statistics="batch")
+    for path, leaf in tree.flatten(recalibrated).items():
+        if not path.startswith("aux"):
+            assert torch.equal(leaf, tree.flatten(new_state)[path])
+
+
+@each_family
+def test_features_are_the_parts_outputs(case: Case) -> None:
+    net = case.model()
+    params, state = net.init(random.key(0))
+    state = unsettled(state)
+    features = net.features(params, state, case.images())
+    assert list(features) == [part for part in params if not part.startswith("aux")]
+    assert torch.equal(features["head"], net.apply(params, state, case.images())[0])
+
+
+@each_family
+def test_tap_sees_every_named_layer_and_can_replace_its_output(case: Case) -> None:
+    net = case.quiet()
+    params, state = net.init(random.key(0))
+    x = case.images()
+    seen: dict[str, Any] = {}
+
+    def look(path: str, x: Any, y: Any) -> Any:
+        assert path not in seen
+        seen[path] = y
+        return y
+
+    output, _ = net.apply(params, state, x, train=True, tap=look)
+    expected, _ = net.apply(params, state, x, train=True)
+    assert all(map(torch.equal, heads(output), heads(expected)))
+    owners = {path.rpartition(".")[0] for path in tree.flatten(params)}
+    assert owners <= set(seen)
+
+    def silence(path: str, x: Any, y: Any) -> Any:
+        return torch.zeros_like(y) if path == "stage1" else y
+
+    features: dict[str, Tensor] = {}
+
+    def both(path: str, x: Any, y: Any) -> Any:
+        features[path] = y
+        return silence(path, x, y)
+
+    net.apply(params, state, x, tap=both)
+    a, _ = net.apply(params, state, x, tap=silence)
+    b, _ = net.apply(params, state, -x, tap=silence)
+    assert features["stage1"].count_nonzero()
+    assert torch.equal(a, b)
+
+
+@each_family
+def test_derivative_with_respect_to_features(case: Case) -> None:
+    """Grad-CAM's gradients: add zero inside the network, and differentiate with respect to it."""
+    net = case.model()
+    params, state = net.init(random.key(0))
+    x = case.images()
+    stage = net.features(params, state, x)["stage1"]
+
+    def loss(shift: Tensor) -> Tensor:
+        logits, _ = net.apply(params, state, x, tap=lambda path, x, y: y + shift if path == "stage1" else y)
+        return logits.square().sum()
+
+    gradient = torch.func.grad(loss)(torch.zeros_like(stage))
+    assert gradient.shape == stage.shape
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["resnet18", "googlenet"])
+def test_replaced_head_leaves_the_body(name: str) -> None:
+    first = quiet(name)
+    params, state = first.init(random.key(0))
+    second, new_params, new_state = model.replace_head(first, params, state, 3, random.key(1))
+    assert second.num_classes == 3
+    for part in params:
+        kept = new_params[part] is params[part]
+        assert kept != part.startswith(("head", "aux"))
+    output, _ = second.apply(new_params, new_state, torch.ones(2, 3, 33, 33), train=True)
+    assert {logits.shape for logits in heads(output)} == {(2, 3)}
+
+
+def test_list_models_by_pattern() -> None:
+    assert purecnn.list_models("vgg1?_bn") == ["vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn"]
+    assert purecnn.list_models("nothing*") == []
+
+
+# Bad input ---------------------------------------------------------------------------------------------------
+
+
+def test_unknown_name_shows_the_nearest() -> None:
+    with pytest.raises(UnknownModelError, match=r"no model 'resnet51'; did you mean .*resnet50.*\?"):
+        purecnn.create("resnet51")
+    with pytest.raises(UnknownModelError, match="see list_models"):
+        purecnn.create("????")
+
+
+@each_family
+def test_unknown_setting_shows_the_known_ones(case: Case) -> None:
+    with pytest.raises(TypeError, match=rf"{case.name}: .*'wigth'.*image_size.*num_classes"):
+        case.model(wigth=2)
+
+
+@pytest.mark.parametrize(
+    "shape", [(3, 32, 32), (2, 1, 32, 32), (2, 4, 32, 32), (3,), (2, 32, 32, 3), (1, 2, 3, 32, 32)]
+)
+def test_images_of_another_form(shape: tuple[int, ...]) -> None:
+    net = CASES["resnet"].model()
+    with pytest.raises(ValueError, match=r"resnet50 takes images \(batch, 3, height, width\), found \(") as caught:
+        net.apply({}, {}, torch.zeros(shape))
+    assert str(shape) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "size", "where"),
+    [
+        ("alexnet", 16, "in layer 'stage1.pool', input (2, 192, 1, 1)"),
+        ("vgg", 3, "in layer 'stage1.pool', input (2, 6, 1, 1)"),
+        ("squeezenet", 2, "in layer 'stem.conv', input (2, 3, 2, 2)"),
+        ("lenet", 20, "in layer 'stage2.linear1', input (2, 64)"),
+        ("densenet", 1, "in layer 'stage1.transition.pool', input (2, 7, 1, 1)"),
+    ],
+)
+def test_too_small_an_image_names_the_layer(family: str, size: int, where: str) -> None:
+    case = CASES[family]
+    net = case.model()
+    params, state = net.init(random.key(0))
+    with pytest.raises(RuntimeError) as caught:
+        net.apply(params, state, torch.zeros(2, net.in_channels, size, size))
+    assert caught.value.__notes__ == [where]
+
+
+def test_too_small_an_image_for_the_parameters_of_init() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        purecnn.create("lenet5", image_size=8).init(random.key(0))
+    assert caught.value.__notes__[0].startswith("in layer 'stage1")
+
+
+def test_missing_parameters_name_the_layer() -> None:
+    net = CASES["resnet"].model()
+    params, state = net.init(random.key(0))
+    del params["stage1"]["0"]["conv2"]
+    with pytest.raises(KeyError) as caught:
+        net.apply(params, state, CASES["resnet"].images())
+    assert caught.value.__notes__ == ["in layer 'stage1.0.conv2', input (2, 16, 9, 9)"]
+
+
+def test_wrong_choice_of_statistics() -> None:
+    net = CASES["lenet"].model()
+    wrong: Any = "frozen"
+    with pytest.raises(ValueError, match="'batch', 'running' or None, found 'frozen'"):
+        net.apply(*net.init(random.key(0)), CASES["lenet"].images(), statistics=wrong)
+
+
+@pytest.mark.parametrize("family", ["alexnet", "vgg", "googlenet", "squeezenet", "densenet"])
+def test_training_with_dropout_wants_a_key(family: str) -> None:
+    net = CASES[family].model()
+    params, state = net.init(random.key(0))
+    x = CASES[family].images()
+    net.apply(params, state, x)
+    with pytest.raises(ValueError, match=r"pass key=purecnn\.random\.key") as caught:
+        net.apply(params, state, x, train=True)
+    assert caught.value.__notes__[0].startswith("in layer '")
+
+
+def test_batch_statistics_of_a_single_value() -> None:
+    net = CASES["resnet"].model()
+    params, state = net.init(random.key(0))
+    x = CASES["resnet"].images(1)[:, :, :1, :1]
+    with pytest.raises(ValueError, match="more than one value per channel") as caught:
+        net.apply(params, state, x, train=True)
+    assert caught.value.__notes__ == ["in layer 'stem.norm', input (1, 64, 1, 1)"]
+    net.apply(params, state, x, train=True, statistics="running")
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.0, 1.5, float("nan")])
+def test_rate_of_dropout(rate: float) -> None:
+    with pytest.raises(ValueError, match="at least 0 and below 1"):
+        layers.dropout(rate)
+    with pytest.raises(ValueError, match="at least 0 and below 1"):
+        purecnn.create("vgg11", dropout=rate)
+
+
+def test_basic_blocks_have_no_groups() -> None:
+    with pytest.raises(ValueError, match="groups=1"):
+        purecnn.create("resnet18", groups=2)
