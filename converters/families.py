@@ -5,14 +5,14 @@ module of a model's settings. Where torchvision numbers layers through, so do th
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import nn
 from torchvision import models
 
+from converters.library import Family
 from converters.rules import ConversionError, Rules
 from purecnn import Model
 from purecnn.zoo.mobilenet_v2 import divisible
@@ -39,15 +39,6 @@ def steps(theirs: str, ours: str, names: Sequence[str]) -> Pairs:
         for i, name in enumerate(names)
         for pair in under(f"{theirs}.{i}", f"{ours}.{name}", GATE if name == "gate" else CONV_NORM)
     ]
-
-
-class Family(NamedTuple):
-    """How torchvision names and builds one family."""
-
-    rules: Callable[[Model], Rules]
-    module: Callable[[Model], nn.Module]
-    legacy: Rules | None = None
-    """From module names in old published files to today's."""
 
 
 def _alexnet_rules(model: Model) -> Rules:

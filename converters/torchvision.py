@@ -3,120 +3,47 @@
     params, state = from_state_dict(model, module.state_dict())
     module.load_state_dict(to_state_dict(model, params, state))     # strict
 
-Names and modules are those of `converters.families`.
+Names and modules are those of `converters.families`; `converters.library` has the functions' descriptions.
+
+>>> import purecnn, torchvision
+>>> model = purecnn.create("squeezenet1_1")
+>>> params, state = from_state_dict(model, torchvision.models.squeezenet1_1().state_dict())
+>>> params["head"]["conv"]["weight"].shape
+torch.Size([1000, 512, 1, 1])
 """
 
 import math
-from collections import OrderedDict
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision import models
 from torchvision.models import WeightsEnum
 
-from converters.families import FAMILIES, Family
-from converters.rules import ConversionError, leaves, to_tensors, to_trees
-from purecnn import Model, tree
+import purecnn
+from converters.families import FAMILIES
+from converters.library import Family, Library
+from converters.rules import ConversionError
+from purecnn import Model
 from purecnn.data import Preprocessing
 from purecnn.model import find
 from purecnn.tree import Tree
 
 
-def has(model: Model) -> bool:
-    """Whether torchvision has the model too."""
-    return model.name in models.list_models()
-
-
-def family(model: Model) -> Family:
-    """torchvision's names and module for a model.
-
-    Raises:
-        ConversionError: if torchvision does not have it.
-    """
-    if not has(model):
-        raise ConversionError(f"torchvision has no counterpart of {model.name}")
+def _find(model: Model) -> Family | None:
+    if model.name not in models.list_models():
+        return None
     return FAMILIES[find(model.name).build.__module__.rpartition(".")[2]]
 
 
-def head_key(model: Model) -> str:
-    """The key of the weight whose first axis is the classes."""
-    params, _ = leaves(model, family(model).rules(model))
-    return next(leaf.key for leaf in params if leaf.path.startswith("head.") and leaf.path.endswith(".weight"))
+LIBRARY = Library("torchvision", _find)
 
-
-def from_state_dict(model: Model, state_dict: Mapping[str, Tensor]) -> tuple[Tree, Tree]:
-    """Parameters and running statistics from a torchvision state_dict.
-
-    The trees are copies: a module that trains on does not change them.
-
-    >>> import purecnn, torchvision
-    >>> model = purecnn.create("squeezenet1_1")
-    >>> params, state = from_state_dict(model, torchvision.models.squeezenet1_1().state_dict())
-    >>> params["head"]["conv"]["weight"].shape
-    torch.Size([1000, 512, 1, 1])
-
-    Raises:
-        ConversionError: that lists all missing, unexpected and mis-shaped keys.
-    """
-    params, state = _trees(model, state_dict)
-    return tree.map(torch.clone, params), tree.map(torch.clone, state)
-
-
-def _trees(model: Model, state_dict: Mapping[str, Tensor]) -> tuple[Tree, Tree]:
-    legacy = family(model).legacy
-    tensors: dict[str, Tensor] = {}
-    for key, tensor in state_dict.items():
-        layer, _, leaf = key.rpartition(".")
-        if legacy and any(left.match(layer) for left, _ in legacy.pairs):
-            key = f"{legacy.forward(layer)}.{leaf}"
-        if not isinstance(tensor, Tensor):
-            raise ConversionError(f"{key} is not a tensor but a {type(tensor).__name__}")
-        if key in tensors:
-            raise ConversionError(f"{key} is there twice, under its old name and its new one")
-        tensors[key] = tensor.detach()
-    return to_trees(model, family(model).rules(model), tensors)
-
-
-def to_state_dict(model: Model, params: Tree, state: Tree) -> "OrderedDict[str, Tensor]":
-    """The state_dict of the torchvision module, in its order and with its ``_metadata``; loads with strict=True.
-
-    The tensors are the trees' own, not copies.
-
-    Raises:
-        ConversionError: if the trees are not the model's, or torchvision does not have it.
-    """
-    tensors = to_tensors(model, family(model).rules(model), params, state)
-    template = _meta_module(model).state_dict()
-    shapes, expected = ({key: t.shape for key, t in part.items()} for part in (tensors, template))
-    if shapes != expected:
-        other = sorted(key for key in shapes | expected if shapes.get(key) != expected.get(key))
-        raise ConversionError(f"torchvision's {model.name} cannot have these settings: {', '.join(other)} differ")
-    result = OrderedDict((key, tensors[key]) for key in template)
-    result._metadata = template._metadata  # type: ignore[attr-defined]
-    return result
-
-
-def to_module(model: Model, params: Tree, state: Tree) -> nn.Module:
-    """A live torchvision module, in evaluation mode, with copies of the parameters and statistics."""
-    state_dict = to_state_dict(model, params, state)
-    module = _meta_module(model)
-    copies = OrderedDict((key, tensor.clone()) for key, tensor in state_dict.items())
-    copies._metadata = state_dict._metadata  # type: ignore[attr-defined]
-    module.load_state_dict(copies, assign=True)
-    return module.requires_grad_().eval()
-
-
-def _meta_module(model: Model) -> nn.Module:
-    """torchvision's module for the model's settings, without memory behind its parameters."""
-    with torch.device("meta"):
-        module = family(model).module(model)
-        if model.in_channels != 3:  # which torchvision takes for granted in the first convolution
-            stem = next(layer for layer in module.modules() if isinstance(layer, nn.Conv2d))
-            stem.in_channels = model.in_channels
-            stem.weight = nn.Parameter(torch.empty(stem.out_channels, model.in_channels, *stem.kernel_size))
-    return module
+has = LIBRARY.has
+family = LIBRARY.family
+head_key = LIBRARY.head_key
+from_state_dict = LIBRARY.from_state_dict
+to_state_dict = LIBRARY.to_state_dict
+to_module = LIBRARY.to_module
 
 
 def weights_entry(model: Model, name: str = "DEFAULT") -> WeightsEnum:
@@ -170,12 +97,15 @@ def classes(entry: WeightsEnum) -> tuple[str, ...] | None:
     return None if names is None else tuple(names)
 
 
-def pretrained(model: Model, weights: str | WeightsEnum = "DEFAULT") -> tuple[Tree, Tree]:
+def pretrained(model: Model, weights: str | WeightsEnum = "DEFAULT", *, key: Tensor | None = None) -> tuple[Tree, Tree]:
     """torchvision's published weights, downloaded and checked by torchvision's own cache.
+
+    ``pretrained(purecnn.create("resnet50", num_classes=2), key=random.key(0))`` is ready for a fine-tune.
 
     Args:
         model: created with the settings that the weights were trained with.
         weights: the entry's name, as in ``"IMAGENET1K_V1"``, or the entry.
+        key: allows the model to have another number of classes; its heads are then drawn from the key.
 
     Raises:
         ConversionError: if the weights are not the model's, or cannot be had; the message says where to put
@@ -192,4 +122,9 @@ def pretrained(model: Model, weights: str | WeightsEnum = "DEFAULT") -> tuple[Tr
     except (OSError, RuntimeError) as error:  # no network, or a file with another hash
         folder = f"{torch.hub.get_dir()}/checkpoints"
         raise ConversionError(f"{entry.url} cannot be had ({error}); put it into {folder} by hand") from error
-    return _trees(model, state_dict)
+    classes = len(state_dict[head_key(model)])
+    if key is None or classes == model.num_classes:
+        return LIBRARY.adopt(model, state_dict)
+    full = purecnn.create(model.name, **{**model.settings, "num_classes": classes})
+    _, params, state = purecnn.replace_head(full, *LIBRARY.adopt(full, state_dict), model.num_classes, key)
+    return params, state

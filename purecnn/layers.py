@@ -258,7 +258,13 @@ def layer_norm(eps: float = 1e-5) -> Layer:
 
 
 def squeeze_excitation(
-    width: int, squeeze: int, *, act: Layer = relu, gate: Layer | None = None, init: Initializer | None = None
+    width: int,
+    squeeze: int,
+    *,
+    act: Layer = relu,
+    gate: Layer = sigmoid,
+    init: Initializer | None = None,
+    bias_init: Initializer | float | None = None,
 ) -> Layer:
     """Scale each channel by a number that all channels decide on (Hu et al. 2017, arXiv:1709.01507, figure 1).
 
@@ -266,16 +272,16 @@ def squeeze_excitation(
         width: channels of the image.
         squeeze: channels in between.
         act: activation in between.
-        gate: activation at the end; by default `sigmoid`.
-        init: of both weights; with it, biases start at zero.
+        gate: activation at the end.
+        init: of both weights.
+        bias_init: of both biases.
     """
-    zero = None if init is None else 0.0
     return multiply(
         identity,
         serial(
             adaptive_avg_pool(1),
-            squeeze=conv(squeeze, 1, bias=True, init=init, bias_init=zero), act=act,
-            expand=conv(width, 1, bias=True, init=init, bias_init=zero), gate=gate or sigmoid,
+            squeeze=conv(squeeze, 1, bias=True, init=init, bias_init=bias_init), act=act,
+            expand=conv(width, 1, bias=True, init=init, bias_init=bias_init), gate=gate,
         ),
     )  # fmt: skip
 

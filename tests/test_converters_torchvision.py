@@ -14,11 +14,11 @@ from torchvision import models
 from torchvision.models import get_model_weights
 
 import purecnn
-from converters import checkpoint, sources
+from converters import checkpoint, families, sources
 from converters import torchvision as tv
 from converters.rules import ConversionError
 from purecnn import Model, random, tree
-from tests.table import CASES, PEERS, TABLE, differences, drawn_state_dict, peer, quiet, unsettled
+from tests.table import CASES, PEERS, TABLE, differences, drawn_state_dict, heads, peer, quiet, unsettled
 
 FAMILIES = [family for family, case in CASES.items() if case.name in PEERS]
 
@@ -220,10 +220,12 @@ SETTINGS: dict[str, st.SearchStrategy[tuple[str, dict[str, Any], int]]] = {
 
 
 def test_every_family_has_random_settings() -> None:
-    assert sorted(SETTINGS) == sorted(FAMILIES) == sorted(tv.FAMILIES)
+    assert sorted(SETTINGS) == sorted(FAMILIES) == sorted(families.FAMILIES)
 
 
-def round_trip(model: Model, size: int) -> None:
+def round_trip(name: str, size: int, **chosen: Any) -> None:
+    """Through torchvision and back; and both compute the same, in evaluation and in training."""
+    model = purecnn.create(name, **dict.fromkeys(TABLE[name].draws, 0.0), **chosen)
     params, state = model.init(random.key(0))
     state = unsettled(state)
     module = tv.to_module(model, params, state)
@@ -232,6 +234,18 @@ def round_trip(model: Model, size: int) -> None:
     x = random.normal(random.key(1), (2, model.in_channels, size, size))
     with torch.no_grad():
         assert torch.equal(model.apply(params, state, x)[0], module(x))
+        module.train()
+        try:
+            theirs = module(x)
+        except ValueError:  # a batch's statistics of a single value
+            with pytest.raises(ValueError, match="more than one value per channel"):
+                model.apply(params, state, x, train=True)
+            return
+        output, new_state = model.apply(params, state, x, train=True)
+    expected = [theirs] if isinstance(theirs, Tensor) else [theirs[0], *reversed(theirs[1:])]
+    # GoogLeNet's module says None of auxiliary heads that it does not have.
+    assert all(map(torch.equal, heads(output), [logits for logits in expected if logits is not None]))
+    assert differences(new_state, tv.from_state_dict(model, module.state_dict())[1]) == []
 
 
 @pytest.mark.parametrize("family", SETTINGS)
@@ -239,7 +253,7 @@ def round_trip(model: Model, size: int) -> None:
 @given(data=st.data())
 def test_random_settings_go_through_torchvision(family: str, data: st.DataObject) -> None:
     name, chosen, size = data.draw(SETTINGS[family])
-    round_trip(purecnn.create(name, **chosen), size)
+    round_trip(name, size, **chosen)
 
 
 @pytest.mark.parametrize(
@@ -263,7 +277,7 @@ def test_settings_that_torchvision_does_not_have(name: str, chosen: dict[str, An
             convert(model, params, state)
         except ConversionError:
             continue
-        round_trip(model, 40)
+        round_trip(name, 40, num_classes=2, **chosen)
 
 
 # Bad input ---------------------------------------------------------------------------------------------------
@@ -405,6 +419,11 @@ def test_published_weights_in_a_model_of_other_classes(cache: Path) -> None:
     torch.save(squeezenet(), cache / file_of(tv.weights_entry(model)))
     with pytest.raises(ConversionError, match="2 of another shape"):
         tv.pretrained(model)
+    params, _ = tv.pretrained(model, key=random.key(0))
+    assert params["head"]["conv"]["weight"].shape == (2, 512, 1, 1)
+    full = tv.pretrained(purecnn.create("squeezenet1_1"))[0]
+    assert differences({**params, "head": {}}, {**full, "head": {}}) == []
+    assert differences(params["head"], model.init(random.key(0))[0]["head"]) == []
 
 
 def test_failed_download_says_where_to_put_the_file(cache: Path) -> None:

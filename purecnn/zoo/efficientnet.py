@@ -112,7 +112,7 @@ def efficientnet(
             if kind == "fused":
                 blocks.append(fused(inputs, out, kernel, stride, expanded, norm=norm, drop=drop))
             else:
-                gate = squeeze_excitation(expanded, max(1, inputs // 4), act=silu, init=he)
+                gate = squeeze_excitation(expanded, max(1, inputs // 4), act=silu, init=he, bias_init=0.0)
                 blocks.append(
                     inverted_residual(
                         inputs, out, kernel, stride, expanded, norm=norm, act=silu, gate=gate, drop=drop

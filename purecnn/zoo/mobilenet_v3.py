@@ -71,7 +71,9 @@ def mobilenet_v3(
         blocks = []
         for kernel, expansion, channels, excite, nonlinearity, stride in rows:
             expanded, out = divisible(expansion * width), divisible(channels * width)
-            squeeze = layers.squeeze_excitation(expanded, divisible(expanded // 4), gate=hardsigmoid, init=he)
+            squeeze = layers.squeeze_excitation(
+                expanded, divisible(expanded // 4), gate=hardsigmoid, init=he, bias_init=0.0
+            )
             act = {"RE": relu, "HS": hardswish}[nonlinearity]
             gate = squeeze if excite else None
             blocks.append(inverted_residual(inputs, out, kernel, stride, expanded, norm=norm, act=act, gate=gate))

@@ -23,7 +23,7 @@ PAPER = Paper(
     "arXiv:1602.07360",
 )
 
-he = kaiming_uniform()
+he = kaiming_uniform("fan_in")
 
 
 def fire(squeeze: int) -> Layer:

@@ -1,0 +1,114 @@
+"""Another library's state_dicts and modules, to and from our trees: the part that is the same for all libraries."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from converters.rules import ConversionError, Rules, leaves, to_tensors, to_trees
+from purecnn import Model, tree
+from purecnn.tree import Tree
+
+
+class Family(NamedTuple):
+    """How a library names and builds one family."""
+
+    rules: Callable[[Model], Rules]
+    module: Callable[[Model], nn.Module]
+    legacy: Rules | None = None
+    """From module names in old published files to today's."""
+
+
+@dataclass(frozen=True)
+class Library:
+    """A library that has some of our models."""
+
+    name: str
+    find: Callable[[Model], Family | None]
+    """None for a model that the library does not have."""
+
+    def has(self, model: Model) -> bool:
+        """Whether the library has the model too."""
+        return self.find(model) is not None
+
+    def family(self, model: Model) -> Family:
+        """The library's names and module for a model.
+
+        Raises:
+            ConversionError: if the library does not have it.
+        """
+        found = self.find(model)
+        if found is None:
+            raise ConversionError(f"{self.name} has no counterpart of {model.name}")
+        return found
+
+    def head_key(self, model: Model) -> str:
+        """The key of the weight whose first axis is the classes."""
+        params, _ = leaves(model, self.family(model).rules(model))
+        return next(leaf.key for leaf in params if leaf.path.startswith("head.") and leaf.path.endswith(".weight"))
+
+    def from_state_dict(self, model: Model, state_dict: Mapping[str, Tensor]) -> tuple[Tree, Tree]:
+        """Parameters and running statistics from the library's state_dict.
+
+        The trees are copies: a module that trains on does not change them.
+
+        Raises:
+            ConversionError: that lists all missing, unexpected and mis-shaped keys.
+        """
+        params, state = self.adopt(model, state_dict)
+        return tree.map(torch.clone, params), tree.map(torch.clone, state)
+
+    def adopt(self, model: Model, state_dict: Mapping[str, Tensor]) -> tuple[Tree, Tree]:
+        """`from_state_dict` without copies, for tensors that nobody else has."""
+        legacy = self.family(model).legacy
+        tensors: dict[str, Tensor] = {}
+        for key, tensor in state_dict.items():
+            layer, _, leaf = key.rpartition(".")
+            if legacy and any(left.match(layer) for left, _ in legacy.pairs):
+                key = f"{legacy.forward(layer)}.{leaf}"
+            if not isinstance(tensor, Tensor):
+                raise ConversionError(f"{key} is not a tensor but a {type(tensor).__name__}")
+            if key in tensors:
+                raise ConversionError(f"{key} is there twice, under its old name and its new one")
+            tensors[key] = tensor.detach()
+        return to_trees(model, self.family(model).rules(model), tensors)
+
+    def to_state_dict(self, model: Model, params: Tree, state: Tree) -> "OrderedDict[str, Tensor]":
+        """The state_dict of the library's module, in its order and with its ``_metadata``; loads with strict=True.
+
+        The tensors are the trees' own, not copies.
+
+        Raises:
+            ConversionError: if the trees are not the model's, or the library does not have it.
+        """
+        tensors = to_tensors(model, self.family(model).rules(model), params, state)
+        template = self._meta_module(model).state_dict()
+        shapes, expected = ({key: t.shape for key, t in part.items()} for part in (tensors, template))
+        if shapes != expected:
+            other = sorted(key for key in shapes | expected if shapes.get(key) != expected.get(key))
+            raise ConversionError(f"{self.name}'s {model.name} cannot have these settings: {', '.join(other)} differ")
+        result = OrderedDict((key, tensors[key]) for key in template)
+        result._metadata = template._metadata  # type: ignore[attr-defined]
+        return result
+
+    def to_module(self, model: Model, params: Tree, state: Tree) -> nn.Module:
+        """The library's module, live and in evaluation mode, with copies of the parameters and statistics."""
+        state_dict = self.to_state_dict(model, params, state)
+        module = self._meta_module(model)
+        copies = OrderedDict((key, tensor.clone()) for key, tensor in state_dict.items())
+        copies._metadata = state_dict._metadata  # type: ignore[attr-defined]
+        module.load_state_dict(copies, assign=True)
+        return module.requires_grad_().eval()
+
+    def _meta_module(self, model: Model) -> nn.Module:
+        """The library's module for the model's settings, without memory behind its parameters."""
+        with torch.device("meta"):
+            module = self.family(model).module(model)
+            stem = next(layer for layer in module.modules() if isinstance(layer, nn.Conv2d))
+            if stem.in_channels != model.in_channels:  # torchvision takes 3 for granted in the first convolution
+                stem.in_channels = model.in_channels
+                stem.weight = nn.Parameter(torch.empty(stem.out_channels, model.in_channels, *stem.kernel_size))
+        return module
