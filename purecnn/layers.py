@@ -340,7 +340,8 @@ def max_pool(kernel: int, stride: int, padding: int = 0, *, ceil_mode: bool = Fa
         last = x.detach().contiguous(memory_format=torch.channels_last)
         y, places = torch.ops.aten.max_pool2d_with_indices(last, *map(_pair, (kernel, stride, padding, 1)), ceil_mode)
         if not is_transformed(x):
-            return y.contiguous()
+            # Not y.contiguous(), which leaves images of one pixel with strides that make convolutions sum otherwise.
+            return y.clone(memory_format=torch.contiguous_format)
         return x.flatten(2).gather(2, places.contiguous().flatten(2)).view(places.shape)
 
     return stateless(pool)
