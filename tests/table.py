@@ -38,7 +38,13 @@ _DEPTH = ("stochastic_depth",)
 _DROP_DEPTH = ("dropout", "stochastic_depth")
 
 TABLE = {
+    "lecun1989": Row(9_760, peer=None, image_size=16),
+    "lenet5_1998": Row(60_000, peer=None, image_size=32),
     "lenet5": Row(61_706, peer=None, image_size=32),
+    "alexnet_2012": Row(60_965_224, _DROP, peer=None, image_size=224),
+    "zfnet": Row(62_357_608, _DROP, peer=None, image_size=224),
+    "zfnetb": Row(107_627_624, _DROP, peer=None, image_size=224),
+    "nin_cifar": Row(966_986, _DROP, peer=None, image_size=32),
     "alexnet": Row(61_100_840, _DROP),
     "vgg11": Row(132_863_336, _DROP),
     "vgg11_bn": Row(132_868_840, _DROP),
@@ -48,7 +54,12 @@ TABLE = {
     "vgg16_bn": Row(138_365_992, _DROP),
     "vgg19": Row(143_667_240, _DROP),
     "vgg19_bn": Row(143_678_248, _DROP),
+    "vgg11_lrn": Row(132_863_336, _DROP, peer=None),
+    "vgg16_1x1": Row(133_638_952, _DROP, peer=None),
+    "googlenet_2014": Row(13_378_280, _BOTH, peer=None, image_size=224),
     "googlenet": Row(13_004_888, _BOTH, {"init_weights": False}),
+    "bn_inception": Row(11_295_240, peer=None, image_size=224),
+    "highway19_cifar": Row(2_256_838, _DROP, peer=None, image_size=32),
     "inception_v3": Row(27_161_264, _DROP, {"init_weights": False}, image_size=299),
     "resnet18": Row(11_689_512),
     "resnet34": Row(21_797_672),
@@ -135,7 +146,22 @@ class Case(NamedTuple):
 
 
 CASES = {
+    "lecun1989": Case("lecun1989", {}, 16),
+    "lenet5_1998": Case("lenet5_1998", {"num_classes": 5}, 32),
     "lenet": Case("lenet5", {}, 32),
+    "alexnet_2012": Case(
+        "alexnet_2012", {"num_classes": 5, "widths": (8, 12, 12, 8, 8), "hidden_width": 16, "image_size": 63}, 63
+    ),
+    "zfnet": Case("zfnet", {"num_classes": 5, "widths": (6, 8, 8, 8, 6), "hidden_width": 16, "image_size": 51}, 51),
+    "nin": Case("nin_cifar", {"num_classes": 5, "widths": ((8, 6), (8, 6), (8, 6))}, 16),
+    "vgg_2014": Case(
+        "vgg11_lrn", {"num_classes": 5, "kernels": ((3,), (3, 1), (3,)), "widths": (6, 6, 8), "hidden_width": 16}, 32
+    ),
+    # The auxiliary heads want 79 pixels. At some sizes a rectifier or a pool flips by rounding in float32.
+    "googlenet_2014": Case("googlenet_2014", {"num_classes": 5, "image_size": 87}, 87),
+    # Below 65 the last statistics are of 4 values.
+    "bn_inception": Case("bn_inception", {"num_classes": 5}, 65),
+    "highway": Case("highway19_cifar", {"num_classes": 5, "widths": (6, 8), "depths": (2, 1), "last_width": 10}, 16),
     "alexnet": Case("alexnet", {"num_classes": 5}, 63),
     "vgg": Case("vgg11_bn", {"num_classes": 5, "depths": (1, 2, 1), "widths": (4, 6, 8)}, 32),
     "googlenet": Case("googlenet", {"num_classes": 5, "transform_input": True}, 32),

@@ -42,6 +42,26 @@ def test_googlenet_without_auxiliary_heads() -> None:
     assert tree.size(bare.spec()[0]) == 6_624_904
 
 
+def test_googlenet_of_2014_without_auxiliary_heads() -> None:
+    bare = purecnn.create("googlenet_2014", aux_logits=False)
+    assert tree.size(bare.spec()[0]) == 6_998_552
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        ("lecun1989", [1068, 2592, 5790, 310]),
+        ("lenet5_1998", [156, 12, 1516, 32, 48_120, 10_164]),
+    ],
+)
+def test_parameters_of_the_papers_layers(name: str, counts: list[int]) -> None:
+    layers: dict[str, int] = {}
+    for path, leaf in tree.flatten(purecnn.create(name).spec()[0]).items():
+        layer = ".".join(path.split(".")[:2])  # C3 of LeNet-5 is four layers
+        layers[layer] = layers.get(layer, 0) + leaf.numel()
+    assert list(layers.values()) == counts
+
+
 def test_lenet_of_colour_images() -> None:
     assert tree.size(purecnn.create("lenet5", in_channels=3).spec()[0]) == 62_006
 

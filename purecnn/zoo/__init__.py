@@ -3,27 +3,37 @@
 from purecnn.paper import Variant
 from purecnn.zoo import (
     alexnet,
+    alexnet_2012,
+    bn_inception,
     convnext,
     densenet,
     efficientnet,
     googlenet,
+    googlenet_2014,
+    highway,
     inception_v3,
+    lecun1989,
     lenet,
+    lenet5_1998,
     mnasnet,
     mobilenet_v2,
     mobilenet_v3,
+    nin,
     regnet,
     resnet,
     shufflenet_v2,
     squeezenet,
     vgg,
+    vgg_2014,
+    zfnet,
 )
 
 VARIANTS: dict[str, Variant] = {
     name: variant
     for family in (
-        lenet, alexnet, vgg, googlenet, inception_v3, resnet, squeezenet, densenet, mobilenet_v2, shufflenet_v2,
-        mnasnet, mobilenet_v3, efficientnet, regnet, convnext,
+        lecun1989, lenet5_1998, lenet, alexnet_2012, zfnet, nin, alexnet, vgg, vgg_2014, googlenet_2014, googlenet,
+        bn_inception, highway, inception_v3, resnet, squeezenet, densenet, mobilenet_v2, shufflenet_v2, mnasnet,
+        mobilenet_v3, efficientnet, regnet, convnext,
     )
     for name, variant in family.VARIANTS.items()
 }  # fmt: skip

@@ -1,0 +1,133 @@
+"""LeNet-5 as it was in 1998, for images of 32x32 pixels with one channel.
+
+    LeCun, Bottou, Bengio, Haffner. Gradient-Based Learning Applied to Document Recognition. Proceedings of the
+    IEEE 86(11), 1998, doi:10.1109/5.726791.
+
+What it added: subsampling between the convolutions, and a loss that lets the classes compete. Background is -0.1 and
+ink 1.175, so that pixels have about mean 0 and variance 1. `purecnn.zoo.lenet` is the network as it is taught today.
+
+60,000 trainable parameters: C1 156, S2 12, C3 1,516, S4 32, C5 48,120, F6 10,164. The output units compare F6 with a
+drawing of each class. The drawings are constants, so F6 is the last layer that learns, and stands in the head. The
+output is minus the distance from each drawing, so its largest value is the class; `competitive` is the loss.
+
+Deviations from the paper: the drawings of the digits are our own; there are no other characters than digits. Biases
+start at zero.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, reduce
+from torch import Tensor
+
+from purecnn.initializers import uniform
+from purecnn.layer import Layer, Mode, concat, serial
+from purecnn.layers import Leaf, Leaves, conv, flatten, linear, parametric, stateless
+from purecnn.paper import Variant
+from purecnn.tree import Tree
+from purecnn.zoo.lecun1989 import by_fan_in
+from purecnn.zoo.lenet import PAPER
+
+DIGITS = """
+.#####. ...#... .#####. .#####. ....##. ####### ..####. ####### .#####. .#####.
+##...## ..##... ##...## ##...## ...###. ##..... .##.... ....... ##...## ##...##
+##...## .###... .....## .....## ..#.##. ##..... ##..... .....## ##...## ##...##
+##...## ...#... .....## .....## .##.##. ##..... ##..... .....## ##...## ##...##
+##...## ...#... ....##. .....## .#..##. ######. ##.###. ....##. .##.##. ##...##
+##...## ...#... ...##.. ..####. ##..##. .....## ###..## ....##. .#####. .######
+##...## ...#... ..##... .....## ####### .....## ##...## ...##.. ##...## .....##
+##...## ...#... .##.... .....## ....##. .....## ##...## ...##.. ##...## .....##
+##...## ...#... ##..... .....## ....##. .....## ##...## ..##... ##...## .....##
+##...## ...#... ##..... ##...## ....##. ##...## ##...## ..##... ##...## ##...##
+##...## ...#... ##..... ##...## ....##. ##...## ##...## .##.... ##...## ##...##
+.#####. .#####. ####### .#####. ....##. .#####. .#####. .##.... .#####. .####..
+"""
+"""A drawing of 7x12 pixels for each class."""
+
+CODES = [
+    [1.0 if pixel == "#" else -1.0 for row in rows for pixel in row]
+    for rows in zip(*(line.split() for line in DIGITS.strip().splitlines()), strict=True)
+]
+"""The drawings as numbers: what the units of F6 are compared with."""
+
+squash = stateless(lambda x: 1.7159 * torch.tanh(x * (2 / 3)))
+"""Appendix A: goes through (1, 1) and (-1, -1), where it bends most."""
+
+
+def subsampling() -> Layer:
+    """Layers S2 and S4: the sum of 2x2 pixels times a coefficient plus a bias, both of the map."""
+
+    def leaves(x: Tensor) -> Leaves:
+        shape = (x.shape[1],)
+        return {"weight": Leaf(shape, uniform(-2.4 / 4, 2.4 / 4)), "bias": Leaf(shape, 0.0)}, {}
+
+    def apply(params: Tree, state: Tree, x: Tensor, mode: Mode) -> tuple[Tensor, Tree]:
+        coefficient, bias = (rearrange(params[name], "c -> c 1 1") for name in ("weight", "bias"))
+        return 4 * F.avg_pool2d(x, 2) * coefficient + bias, state
+
+    return parametric(leaves, apply, "weight", "bias")
+
+
+def convolution(maps: int, groups: int = 1) -> Layer:
+    """5x5 without padding."""
+    return conv(maps, 5, padding=0, groups=groups, bias=True, init=by_fan_in(), bias_init=0.0)
+
+
+def wired(rows: Sequence[Sequence[int]]) -> Layer:
+    """One map for each row, which sees the maps that the row lists; all rows are of one length."""
+    wires = [i for row in rows for i in row]
+    return serial(
+        stateless(lambda x: torch.cat([x[:, i : i + 1] for i in wires], 1)), convolution(len(rows), len(rows))
+    )
+
+
+def c3() -> Layer:
+    """Table 1: no map sees all of S2's but the last, which breaks the symmetry between them."""
+    three = [sorted((i + j) % 6 for j in range(3)) for i in range(6)]
+    four = [sorted((i + j) % 6 for j in range(4)) for i in range(6)] + [[0, 1, 3, 4], [1, 2, 4, 5], [0, 2, 3, 5]]
+    return concat(three=wired(three), four=wired(four), all=convolution(1))
+
+
+def radial_basis(num_classes: int) -> Layer:
+    """Section II-B: minus the squared distance from the drawing of each class."""
+
+    def distances(x: Tensor) -> Tensor:
+        codes = torch.tensor(CODES[:num_classes], dtype=x.dtype, device=x.device)
+        return -reduce((x[:, None] - codes).square(), "b classes units -> b classes", "sum")
+
+    return stateless(distances)
+
+
+def lenet5_1998(*, num_classes: int = 10) -> Layer:
+    """Figure 2 of the paper: C1-S2 are the stem, C3-S4 and C5 are stages.
+
+    Args:
+        num_classes: output units, at most ten: the first so many digits.
+    """
+    if not 1 <= num_classes <= len(CODES):
+        raise ValueError(f"there are drawings for 1 to {len(CODES)} classes, found num_classes={num_classes}")
+    return serial(
+        stem=serial(c1=convolution(6), squash1=squash, s2=subsampling(), squash2=squash),
+        stage1=serial(c3=c3(), squash3=squash, s4=subsampling(), squash4=squash),
+        stage2=serial(c5=convolution(120), squash5=squash),
+        head=serial(
+            flatten,
+            linear=linear(len(CODES[0]), init=by_fan_in(), bias_init=0.0), squash6=squash,
+            output=radial_basis(num_classes),
+        ),
+    )  # fmt: skip
+
+
+def competitive(logits: Tensor, labels: Tensor, j: float = 1.0) -> Tensor:
+    """Equation 9: the label's distance, and a competition that pushes the other classes away.
+
+    ``mean(y[label] + log(exp(-j) + sum_i exp(-y[i])))`` with the distances ``y = -logits``. The paper says no more of
+    j than that it is positive: it keeps classes that are already far from being pushed further.
+    """
+    own = logits.gather(-1, labels[..., None])
+    others = torch.cat([torch.full_like(own, -j), logits], -1)
+    return (others.logsumexp(-1, keepdim=True) - own).mean()
+
+
+VARIANTS = {"lenet5_1998": Variant(lenet5_1998, PAPER, image_size=32, in_channels=1)}
