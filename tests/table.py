@@ -35,6 +35,7 @@ class Row(NamedTuple):
 _BOTH = ("dropout", "dropout_aux")
 _DROP = ("dropout",)
 _DEPTH = ("stochastic_depth",)
+_FRACTAL = ("dropout", "local_drop", "global_drop")
 _DROP_DEPTH = ("dropout", "stochastic_depth")
 
 TABLE = {
@@ -77,6 +78,27 @@ TABLE = {
     "densenet161": Row(28_681_000, _DROP),
     "densenet169": Row(14_149_480, _DROP),
     "densenet201": Row(20_013_928, _DROP),
+    "resnet20_cifar": Row(269_722, peer=None, image_size=32),
+    "resnet32_cifar": Row(464_154, peer=None, image_size=32),
+    "resnet44_cifar": Row(658_586, peer=None, image_size=32),
+    "resnet56_cifar": Row(853_018, peer=None, image_size=32),
+    "resnet110_cifar": Row(1_727_962, peer=None, image_size=32),
+    "resnet50_v1": Row(25_557_032, peer=None),
+    "preactresnet50": Row(25_549_352, peer=None),
+    "preactresnet164_cifar": Row(1_703_258, peer=None, image_size=32),
+    "fractalnet_cifar": Row(33_724_618, _FRACTAL, None, 32),
+    "wideresnet28_10_cifar": Row(36_479_194, _DROP, None, 32),
+    "wideresnet40_4_cifar": Row(8_949_210, _DROP, None, 32),
+    "densenet40_k12_cifar": Row(1_019_722, _DROP, None, 32),
+    "densenetbc100_k12_cifar": Row(769_162, _DROP, None, 32),
+    "pyramidnet110_a48_cifar": Row(1_772_706, peer=None, image_size=32),
+    "resattnet56": Row(31_810_728, peer=None),
+    "seresnet50": Row(28_088_024, _DROP, None),
+    "seresnext50_32x4d": Row(27_559_896, _DROP, None),
+    "senet154": Row(115_088_984, _DROP, None),
+    "cbam_resnet50": Row(28_089_624, peer=None),
+    # The paper prints 36.92 million.
+    "cmpe_se_wideresnet28_10_cifar": Row(36_883_234, _DROP, None, 32),
     "mobilenet_v2": Row(3_504_872, _DROP),
     "shufflenet_v2_x0_5": Row(1_366_792),
     "shufflenet_v2_x1_0": Row(2_278_604),
@@ -172,6 +194,27 @@ CASES = {
     "densenet": Case(
         "densenet121", {"num_classes": 5, "depths": (2, 1), "growth": 4, "stem_width": 6, "dropout": 0.3}, 33
     ),
+    "resnet_cifar": Case("resnet20_cifar", {"num_classes": 5, "depths": (1, 2, 1), "widths": (4, 6, 8)}, 16),
+    "resnet_v1": Case("resnet50_v1", {"num_classes": 5, "depths": (2, 1)}, 33),
+    "preactresnet": Case("preactresnet50", {"num_classes": 5, "depths": (2, 1), "widths": (16, 24)}, 33),
+    "wideresnet_cifar": Case(
+        "wideresnet28_10_cifar",
+        {"num_classes": 5, "depths": (2, 1), "widths": (4, 6), "width": 2, "dropout": 0.3},
+        16,
+    ),
+    "densenet_cifar": Case(
+        "densenetbc100_k12_cifar", {"num_classes": 5, "depths": (2, 1), "growth": 4, "dropout": 0.3}, 16
+    ),
+    "senet": Case("senet154", {"num_classes": 5, "depths": (1, 2), "groups": 4}, 33),
+    "cbam": Case("cbam_resnet50", {"num_classes": 5, "depths": (2, 1)}, 33),
+    "pyramidnet": Case("pyramidnet110_a48_cifar", {"num_classes": 5, "depths": (2, 1), "widening": 6}, 17),
+    "cmpe_se": Case(
+        "cmpe_se_wideresnet28_10_cifar",
+        {"num_classes": 5, "depths": (2, 1), "widths": (4, 6), "width": 2, "reduction": 4, "dropout": 0.3},
+        16,
+    ),
+    "resattnet": Case("resattnet56", {"num_classes": 5, "modules": (1, 1), "widths": (8, 12, 16)}, 33),
+    "fractalnet": Case("fractalnet_cifar", {"num_classes": 5, "widths": (4, 6, 8), "dropout": 0.3}, 16),
     "mobilenet_v2": Case(
         "mobilenet_v2", {"num_classes": 5, "stages": ((1, 8, 2, 1), (6, 8, 2, 2)), "width": 0.5}, 33
     ),

@@ -5,9 +5,13 @@ from purecnn.zoo import (
     alexnet,
     alexnet_2012,
     bn_inception,
+    cbam,
+    cmpe_se,
     convnext,
     densenet,
+    densenet_cifar,
     efficientnet,
+    fractalnet,
     googlenet,
     googlenet_2014,
     highway,
@@ -19,12 +23,19 @@ from purecnn.zoo import (
     mobilenet_v2,
     mobilenet_v3,
     nin,
+    preactresnet,
+    pyramidnet,
     regnet,
+    resattnet,
     resnet,
+    resnet_cifar,
+    resnet_v1,
+    senet,
     shufflenet_v2,
     squeezenet,
     vgg,
     vgg_2014,
+    wideresnet_cifar,
     zfnet,
 )
 
@@ -32,8 +43,9 @@ VARIANTS: dict[str, Variant] = {
     name: variant
     for family in (
         lecun1989, lenet5_1998, lenet, alexnet_2012, zfnet, nin, alexnet, vgg, vgg_2014, googlenet_2014, googlenet,
-        bn_inception, highway, inception_v3, resnet, squeezenet, densenet, mobilenet_v2, shufflenet_v2, mnasnet,
-        mobilenet_v3, efficientnet, regnet, convnext,
+        bn_inception, highway, inception_v3, resnet_cifar, resnet_v1, resnet, preactresnet, squeezenet, fractalnet,
+        wideresnet_cifar, densenet_cifar, densenet, pyramidnet, resattnet, senet, mobilenet_v2, cbam, shufflenet_v2,
+        cmpe_se, mnasnet, mobilenet_v3, efficientnet, regnet, convnext,
     )
     for name, variant in family.VARIANTS.items()
 }  # fmt: skip

@@ -1,0 +1,74 @@
+"""CBAM: a gate over the channels, then a gate over the pixels.
+
+    Woo, Park, Lee, Kweon. CBAM: Convolutional Block Attention Module. ECCV 2018, arXiv:1807.06521.
+
+To squeeze-and-excitation it adds the maximum beside the mean, and a map that says where to look. Both gates stand on
+the branch of a residual block, before the sum; any residual block can take them: see `attended`. As in the authors'
+code, the 7x7 convolution has no bias but a batch normalisation of momentum 0.01, and the stride of a bottleneck sits
+on the 3x3. No further deviations from the paper.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from einops import reduce
+from torch import Tensor
+
+from purecnn.layer import Layer, multiply, serial
+from purecnn.layers import batch_norm, conv, global_avg_pool, identity, linear, relu, sigmoid, stateless
+from purecnn.paper import Paper, Variant
+from purecnn.zoo.resnet import he, projection
+from purecnn.zoo.resnet_v1 import bottleneck, residual, stages, stem
+
+PAPER = Paper("CBAM: Convolutional Block Attention Module", "Woo, Park, Lee, Kweon", 2018, "arXiv:1807.06521")
+
+
+def mean_and_max(x: Tensor) -> Tensor:
+    """Of the pixels in each channel, ``(b, c, h, w) -> (b, 2, c)``."""
+    return torch.stack([reduce(x, "b c h w -> b c", way) for way in ("mean", "max")], dim=1)
+
+
+def channel_gate(width: int, reduction: int) -> Layer:
+    """Equation 2: one perceptron sees the means and the maxima; the sum of what it says decides on each channel."""
+    gate = serial(
+        stateless(mean_and_max),
+        squeeze=linear(width // reduction), act=relu, expand=linear(width),
+        sum=stateless(lambda x: reduce(x, "b two c -> b c 1 1", "sum")), gate=sigmoid,
+    )  # fmt: skip
+    return multiply(identity, gate)
+
+
+def max_and_mean(x: Tensor) -> Tensor:
+    """Of the channels at each pixel, ``(b, c, h, w) -> (b, 2, h, w)``."""
+    return torch.stack([reduce(x, "b c h w -> b h w", way) for way in ("max", "mean")], dim=1)
+
+
+def spatial_gate() -> Layer:
+    """Equation 3: a 7x7 convolution of the channels' maximum and mean decides for each pixel."""
+    gate = serial(stateless(max_and_mean), conv=conv(1, 7, init=he), norm=batch_norm(momentum=0.01), gate=sigmoid)
+    return multiply(identity, gate)
+
+
+def attended(branch: Layer, width: int, reduction: int) -> Layer:
+    """Figure 3: a residual block's branch with both gates on its output, ``width`` channels."""
+    return serial(branch, channel=channel_gate(width, reduction), spatial=spatial_gate())
+
+
+def cbam_resnet(depths: Sequence[int], *, reduction: int = 16, num_classes: int = 1000) -> Layer:
+    """ResNet with bottlenecks and CBAM.
+
+    Args:
+        depths: blocks in each stage.
+        reduction: channels of a block to those in its channel gate, r in the paper.
+        num_classes: outputs of the head.
+    """
+
+    def block(width: int, stride: int) -> Layer:
+        branch = bottleneck((width, width, 4 * width), (1, stride), init=he)
+        return residual(attended(branch, 4 * width, reduction), projection(4 * width, stride))
+
+    head = serial(global_avg_pool, linear=linear(num_classes))
+    return serial(stem=stem(he), **stages(block, depths), head=head)
+
+
+VARIANTS = {"cbam_resnet50": Variant(cbam_resnet, PAPER, {"depths": (3, 4, 6, 3)})}

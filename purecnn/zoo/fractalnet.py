@@ -1,0 +1,158 @@
+"""FractalNet: depth without residuals, from one rule of expansion.
+
+    Larsson, Maire, Shakhnarovich. FractalNet: Ultra-Deep Neural Networks without Residuals. ICLR 2017,
+    arXiv:1605.07648.
+
+``f_1`` is a convolution and ``f_{C+1}(z)`` the join of ``f_C(f_C(z))`` and a convolution of ``z``; joins that meet are
+one, the mean of all columns that end there. So a block has ``C`` columns, the longest of ``2^(C-1)`` convolutions.
+Drop-path trains them to do without each other: locally a join drops each of its inputs, but never all; globally one
+column is all there is, in the whole network.
+
+Here each image draws for itself whether its drop-path is global; pytorchcv takes a fixed part of the batch. Dropout
+drops single values, where pytorchcv drops channels. There are 33,724,618 parameters, as in pytorchcv; the paper says
+38.6 M, and the two are not reconciled. The first block is the stem.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from purecnn import layers, random
+from purecnn.initializers import kaiming_normal
+from purecnn.layer import Layer, Mode, named, serial
+from purecnn.layers import conv_norm, global_avg_pool, linear, max_pool
+from purecnn.paper import Paper, Variant
+from purecnn.tree import Tree
+
+PAPER = Paper(
+    "FractalNet: Ultra-Deep Neural Networks without Residuals",
+    "Larsson, Maire, Shakhnarovich",
+    2016,
+    "arXiv:1605.07648",
+)
+
+he = kaiming_normal("fan_in")
+
+Unit = Callable[[int, int, Tensor], Tensor]
+"""``unit(column, place, x)`` runs a convolution; ``place`` counts the longest column's convolutions before its end."""
+Join = Callable[[int, list[Tensor]], Tensor]
+"""``join(place, outputs)`` makes one of the columns that end there, from short to long."""
+
+
+def expand(columns: int, unit: Unit, join: Join, x: Tensor, start: int = 0) -> list[Tensor]:
+    """The rule of expansion: the outputs of a fractal's columns, from short to long, before they are joined."""
+    middle, end = start + 2 ** (columns - 1) // 2, start + 2 ** (columns - 1)
+    longer = []
+    if columns > 1:
+        y = join(middle, expand(columns - 1, unit, join, x, start))
+        longer = expand(columns - 1, unit, join, y, middle)
+    return [unit(columns, end, x), *longer]
+
+
+def pick(mode: Mode, count: int, batch: int) -> Tensor:
+    """One of ``count`` for each image, as booleans ``(batch, count)``."""
+    number = (random.uniform(mode.draw_key(), (batch,)) * count).floor()
+    return number[:, None] == torch.arange(count, device=number.device)
+
+
+def drop_path(outputs: list[Tensor], columns: int, local: float, whole: float, mode: Mode) -> Tensor:
+    """Drop-path: the mean of the outputs that are kept, drawn for each image.
+
+    Args:
+        outputs: of the columns that end here, from short to long: the last ones of all ``columns``.
+        columns: columns of a block.
+        local: rate at which an output is dropped; if all were, one is kept.
+        whole: rate at which an image goes through one column alone, the same in all joins of the network.
+        mode: of the join.
+    """
+    batch, count = outputs[0].shape[0], len(outputs)
+    kept = torch.ones(batch, count, dtype=torch.bool, device=outputs[0].device)
+    if local:
+        drawn = mode.enter("local").bernoulli(1 - local, (batch, count))
+        kept = drawn | (pick(mode.enter("spare"), count, batch) & ~drawn.any(1, keepdim=True))
+    if whole:
+        # Not the join's path: all joins are to draw the same.
+        root = mode._replace(path="drop_path", tap=None)
+        alone = random.bernoulli(root.enter("whole").draw_key(), whole, (batch,))
+        # A column that does not end here has no say here, and what the others say will not reach the end.
+        only = pick(root.enter("column"), columns, batch)[:, columns - count :]
+        kept = torch.where(alone[:, None], only, kept)
+    weight = rearrange(kept.to(outputs[0].dtype), "b column -> column b 1 1 1")
+    return (torch.stack(outputs) * weight).sum(0) / weight.sum(0).clamp(min=1)
+
+
+def fractal(width: int, columns: int, dropout: float, local: float, whole: float) -> Layer:
+    """Figure 1: convolution ``i`` of column ``c`` is called ``column{c}_{i}``; column 1 is the longest."""
+    unit = serial(conv_norm(width, 3, init=he), dropout=layers.dropout(dropout))
+    units = {
+        (column, 2 ** (column - 1) * (i + 1)): named(f"column{column}_{i}", unit)
+        for column in range(1, columns + 1)
+        for i in range(2 ** (columns - column))
+    }
+
+    def init(x: Tensor, mode: Mode) -> tuple[Tree, Tree, Tensor]:
+        params: Tree = {}
+        state: Tree = {}
+
+        def run(column: int, place: int, x: Tensor) -> Tensor:
+            own_params, own_state, y = units[column, place].init(x, mode)
+            params.update(own_params)
+            state.update(own_state)
+            return y
+
+        (y, *_) = expand(columns, run, lambda place, outputs: outputs[0], x)
+        return params, state, y
+
+    def apply(params: Tree, state: Tree, x: Tensor, mode: Mode) -> tuple[Tensor, Tree]:
+        def run(column: int, place: int, x: Tensor) -> Tensor:
+            nonlocal state
+            y, state = units[column, place].apply(params, state, x, mode)
+            return y
+
+        def join(place: int, outputs: list[Tensor]) -> Tensor:
+            if mode.train and len(outputs) > 1 and (local or whole):
+                return drop_path(outputs, columns, local, whole, mode.enter(f"join{place}"))
+            return torch.stack(outputs).mean(0)
+
+        y = join(2 ** (columns - 1), expand(columns, run, join, x))
+        return y, state
+
+    return Layer(init, apply, frozenset().union(*(layer.names for layer in units.values())))
+
+
+def fractalnet_cifar(
+    widths: Sequence[int] = (64, 128, 256, 512, 512),
+    *,
+    columns: int = 3,
+    dropout: float = 0.1,
+    local_drop: float = 0.15,
+    global_drop: float = 0.5,
+    num_classes: int = 10,
+) -> Layer:
+    """The network for CIFAR: fractal blocks, each with a pool that halves the image.
+
+    Args:
+        widths: channels of each block.
+        columns: columns of each block, C in the paper.
+        dropout: rate in the second block; it is 0 in the first and rises in a line.
+        local_drop: rate at which a join drops an input.
+        global_drop: rate at which an image goes through one column alone.
+        num_classes: outputs of the head.
+    """
+    for name, rate in (("local_drop", local_drop), ("global_drop", global_drop)):
+        if not 0 <= rate <= 1:
+            raise ValueError(f"{name} is a rate between 0 and 1, found {rate}")
+    stem, *stages = (
+        serial(fractal(width, columns, dropout * i, local_drop, global_drop), pool=max_pool(2, 2))
+        for i, width in enumerate(widths)
+    )
+    return serial(
+        stem=stem,
+        **{f"stage{i}": stage for i, stage in enumerate(stages, start=1)},
+        head=serial(global_avg_pool, linear=linear(num_classes)),
+    )
+
+
+VARIANTS = {"fractalnet_cifar": Variant(fractalnet_cifar, PAPER, {}, 32)}

@@ -1,0 +1,67 @@
+"""ResNet for CIFAR: the network on which the paper shows that plain depth fails, and that shortcuts cure it.
+
+    He, Zhang, Ren, Sun. Deep Residual Learning for Image Recognition. CVPR 2016, arXiv:1512.03385, section 4.2.
+
+Three stages of ``n`` blocks each make ``6n + 2`` layers. Shortcuts are of option A, without parameters; libraries that
+take option B here have other counts (272,474 for ResNet-20). No deviations from the paper.
+"""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from purecnn.initializers import kaiming_normal
+from purecnn.layer import Layer, add, numbered, serial
+from purecnn.layers import batch_norm, conv, global_avg_pool, linear, relu, stateless
+from purecnn.paper import Variant
+from purecnn.zoo.resnet import RESNET
+
+he = kaiming_normal("fan_in")
+
+
+def zero_pad(width: int, stride: int) -> Layer:
+    """The shortcut of option A: every ``stride``-th pixel, and channels of zeros before and after the image's own."""
+
+    def shortcut(x: Tensor) -> Tensor:
+        missing = width - x.shape[1]
+        if stride == 1 and missing == 0:
+            return x
+        return F.pad(x[:, :, ::stride, ::stride], (0, 0, 0, 0, missing // 2, missing - missing // 2))
+
+    return stateless(shortcut)
+
+
+def block(width: int, stride: int) -> Layer:
+    """Figure 2: two 3x3 convolutions and the shortcut."""
+    main = serial(
+        conv1=conv(width, 3, stride, init=he), norm1=batch_norm(), relu1=relu,
+        conv2=conv(width, 3, init=he), norm2=batch_norm(),
+    )  # fmt: skip
+    return serial(add(main, zero_pad(width, stride)), relu)
+
+
+def resnet_cifar(
+    depths: Sequence[int], *, widths: Sequence[int] = (16, 32, 64), num_classes: int = 10
+) -> Layer:  # fmt: skip
+    """The table of section 4.2.
+
+    Args:
+        depths: blocks of each stage, all ``n`` in the paper.
+        widths: channels of each stage; the first is also the stem's.
+        num_classes: outputs of the head.
+    """
+    stages = {
+        f"stage{i + 1}": numbered(*(block(width, 2 if i and not j else 1) for j in range(depth)))
+        for i, (depth, width) in enumerate(zip(depths, widths, strict=True))
+    }
+    return serial(
+        stem=serial(conv=conv(widths[0], 3, init=he), norm=batch_norm(), relu=relu),
+        **stages,
+        head=serial(global_avg_pool, linear=linear(num_classes)),
+    )
+
+
+VARIANTS = {
+    f"resnet{6 * n + 2}_cifar": Variant(resnet_cifar, RESNET, {"depths": (n, n, n)}, 32) for n in (3, 5, 7, 9, 18)
+}

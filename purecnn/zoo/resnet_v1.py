@@ -1,0 +1,73 @@
+"""ResNet-50 as the paper has it: the stride sits on the first 1x1 convolution.
+
+    He, Zhang, Ren, Sun. Deep Residual Learning for Image Recognition. CVPR 2016, arXiv:1512.03385.
+
+`purecnn.zoo.resnet` follows torchvision, which moved the stride to the 3x3 ("v1.5"); the parameters are the same. Here
+a residual block's branch, its end and the stages are functions of their own, so that other papers can put a gate on
+the branch: see `purecnn.zoo.senet` and `purecnn.zoo.cbam`. No deviations from the paper.
+"""
+
+from collections.abc import Callable, Sequence
+
+from purecnn.initializers import Initializer, kaiming_normal
+from purecnn.layer import Layer, add, numbered, serial
+from purecnn.layers import batch_norm, conv, global_avg_pool, linear, max_pool, relu
+from purecnn.paper import Variant
+from purecnn.zoo.resnet import RESNET, projection
+
+he = kaiming_normal("fan_in")
+
+
+def bottleneck(
+    widths: tuple[int, int, int], strides: tuple[int, int] = (1, 1), *, groups: int = 1, init: Initializer = he
+) -> Layer:
+    """The branch of figure 5, right: 1x1, 3x3, 1x1.
+
+    Args:
+        widths: channels after each of the three.
+        strides: of the first two.
+        groups: of the 3x3.
+        init: of the weights.
+    """
+    return serial(
+        conv1=conv(widths[0], 1, strides[0], init=init), norm1=batch_norm(), relu1=relu,
+        conv2=conv(widths[1], 3, strides[1], groups=groups, init=init), norm2=batch_norm(), relu2=relu,
+        conv3=conv(widths[2], 1, init=init), norm3=batch_norm(),
+    )  # fmt: skip
+
+
+def residual(branch: Layer, shortcut: Layer) -> Layer:
+    """The end of a block: the sum, then the rectifier."""
+    return serial(add(branch, shortcut=shortcut), relu)
+
+
+def stages(block: Callable[[int, int], Layer], depths: Sequence[int]) -> dict[str, Layer]:
+    """Table 1: ``block(width, stride)`` with widths from 64, doubled where the image is halved."""
+    return {
+        f"stage{i + 1}": numbered(*(block(64 << i, 2 if i and not j else 1) for j in range(depth)))
+        for i, depth in enumerate(depths)
+    }
+
+
+def stem(init: Initializer = he) -> Layer:
+    """Table 1: 7x7 and a pool, each of stride 2."""
+    return serial(conv=conv(64, 7, 2, init=init), norm=batch_norm(), relu=relu, pool=max_pool(3, 2, 1))
+
+
+def block(width: int, stride: int) -> Layer:
+    """Figure 5, right; the first 1x1 takes the stride."""
+    return residual(bottleneck((width, width, 4 * width), (stride, 1)), projection(4 * width, stride))
+
+
+def resnet_v1(depths: Sequence[int], *, num_classes: int = 1000) -> Layer:
+    """Table 1 of the paper, with bottlenecks.
+
+    Args:
+        depths: blocks in each stage.
+        num_classes: outputs of the head.
+    """
+    head = serial(global_avg_pool, linear=linear(num_classes))
+    return serial(stem=stem(), **stages(block, depths), head=head)
+
+
+VARIANTS = {"resnet50_v1": Variant(resnet_v1, RESNET, {"depths": (3, 4, 6, 3)})}
