@@ -36,6 +36,13 @@ def wide(session: nox.Session) -> None:
 
 
 @nox.session
+def peers(session: nox.Session) -> None:
+    """The networks that torchvision lacks, beside those of pytorchcv and timm."""
+    session.install(".", *GROUPS, "pytorchcv", "timm")
+    session.run("pytest", "tests/test_peers.py", *session.posargs)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Style and common mistakes."""
     session.install("ruff==0.17.*")

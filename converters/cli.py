@@ -143,22 +143,22 @@ def list_command(
     if as_json:
         print_json(rows)
         return
-    result = table("name", "year>", "parameters>", "GMACs>", "weights, ImageNet top-1 %", "reference", "paper")
+    result = table("name", "year>", "parameters>", "GMACs>", "paper", "weights, ImageNet top-1 %")
     for row in rows:
         result.add_row(
             row["name"],
             str(row["year"]),
             f"{row['parameters']:,}",
             f"{row['macs'] / 1e9:.3f}",
-            ", ".join(_scored(name, scores) for name, scores in row["weights"].items()),
             row["reference"],
-            row["paper"],
+            ", ".join(_scored(name, scores) for name, scores in row["weights"].items()),
         )
     screen.print(result)
 
 
 def _scored(name: str, scores: dict[str, float]) -> str:
-    return f"{name} {scores['acc@1']:.1f}" if scores else name
+    short = name.removeprefix("IMAGENET1K_")
+    return f"{short} {scores['acc@1']:.1f}" if scores else short
 
 
 @app.command()

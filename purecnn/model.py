@@ -199,7 +199,7 @@ def find(name: str) -> Variant:
 def list_models(pattern: str = "*") -> list[str]:
     """The names of all models that match a shell-style pattern, in the order of their history.
 
-    >>> list_models("resnet*")
-    ['resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152']
+    >>> list_models("vgg1?")
+    ['vgg11', 'vgg13', 'vgg16', 'vgg19']
     """
     return [name for name in VARIANTS if fnmatch.fnmatchcase(name, pattern)]

@@ -99,6 +99,18 @@ TABLE = {
     "cbam_resnet50": Row(28_089_624, peer=None),
     # The paper prints 36.92 million.
     "cmpe_se_wideresnet28_10_cifar": Row(36_883_234, _DROP, None, 32),
+    "inception_v4": Row(42_679_816, _DROP, peer=None, image_size=299),
+    "inception_resnet_v1": Row(23_995_624, _DROP, peer=None, image_size=299),
+    "inception_resnet_v2": Row(55_843_464, _DROP, peer=None, image_size=299),
+    "xception": Row(22_855_952, _DROP, peer=None),
+    "polynet": Row(95_366_600, _DROP, peer=None, image_size=331),
+    "mobilenet_v1": Row(4_231_976, peer=None),
+    "shufflenet_g3": Row(1_865_728, peer=None),
+    "nasnet_a_mobile": Row(5_289_978, _DROP, peer=None),
+    "nasnet_a_large": Row(88_753_150, _DROP, peer=None, image_size=331),
+    "pnasnet5_large": Row(86_057_668, _DROP, peer=None, image_size=331),
+    "mnasnet_a1": Row(3_887_038, _DROP, peer=None),
+    "airbench94": Row(1_971_640, peer=None, image_size=32),
     "mobilenet_v2": Row(3_504_872, _DROP),
     "shufflenet_v2_x0_5": Row(1_366_792),
     "shufflenet_v2_x1_0": Row(2_278_604),
@@ -215,6 +227,24 @@ CASES = {
     ),
     "resattnet": Case("resattnet56", {"num_classes": 5, "modules": (1, 1), "widths": (8, 12, 16)}, 33),
     "fractalnet": Case("fractalnet_cifar", {"num_classes": 5, "widths": (4, 6, 8), "dropout": 0.3}, 16),
+    "inception_v4": Case("inception_v4", {"num_classes": 5, "depths": (1, 1, 1)}, 107),
+    "inception_resnet": Case("inception_resnet_v1", {"num_classes": 5, "depths": (1, 1, 2), "embedding": 16}, 107),
+    "xception": Case(
+        "xception",
+        {"num_classes": 5, "stem_widths": (6, 8), "entry_widths": (10, 12), "middle": 1, "exit_widths": (14, 16, 20)},
+        65,
+    ),
+    "polynet": Case("polynet", {"num_classes": 5, "depths": (1, 1, 1)}, 107),
+    "mobilenet_v1": Case("mobilenet_v1", {"num_classes": 5, "widths": (8, 16), "depths": (1, 2), "width": 0.5}, 33),
+    "shufflenet_v1": Case(
+        "shufflenet_g3", {"num_classes": 5, "widths": (24, 48), "depths": (2, 1), "stem_width": 6}, 65
+    ),
+    "nasnet": Case("nasnet_a_mobile", {"num_classes": 5, "depth": 2, "width": 96, "stem_width": 6}, 48),
+    "pnasnet": Case("pnasnet5_large", {"num_classes": 5, "depth": 2, "width": 80, "stem_width": 6}, 48),
+    "mnasnet_a1": Case(
+        "mnasnet_a1", {"num_classes": 5, "stages": ((6, 3, 16, 2, 2, False), (3, 5, 24, 2, 2, True)), "width": 0.5}, 33
+    ),
+    "airbench": Case("airbench94", {"num_classes": 5, "widths": (26, 28)}, 32),
     "mobilenet_v2": Case(
         "mobilenet_v2", {"num_classes": 5, "stages": ((1, 8, 2, 1), (6, 8, 2, 2)), "width": 0.5}, 33
     ),

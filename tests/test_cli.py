@@ -51,7 +51,7 @@ def test_list() -> None:
     assert result.exit_code == 0
     assert "resnet18" in result.output
     assert "25,557,032" in result.output
-    assert "IMAGENET1K_V2 80.9" in result.output
+    assert "V1 76.1, V2 80.9" in result.output
     rows = json.loads(call("list", "*v2*", "--json").output)
     assert [row["name"] for row in rows] == purecnn.list_models("*v2*")
     assert rows[0]["weights"]["IMAGENET1K_V2"] == {"acc@1": 72.154, "acc@5": 90.822}

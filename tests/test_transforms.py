@@ -30,7 +30,13 @@ class Setting(NamedTuple):
         return loss_of(heads(self.model.apply(params, self.state, self.x, **how)[0]))
 
 
-@pytest.fixture(scope="module", params=CASES)
+# These cannot be made small, and have no layer that others do not have.
+HEAVY = ("inception_v4", "polynet")
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=pytest.mark.slow) if name in HEAVY else name for name in CASES]
+)
 def setting(request: pytest.FixtureRequest) -> Setting:
     case = CASES[request.param]
     model = case.model()

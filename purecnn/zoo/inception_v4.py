@@ -1,0 +1,147 @@
+"""Inception v4: the Inception modules in one uniform plan, free of the old limits of distributed training.
+
+    Szegedy, Ioffe, Vanhoucke, Alemi. Inception-v4, Inception-ResNet and the Impact of Residual Connections on
+    Learning. AAAI 2017, arXiv:1602.07261.
+
+The paper asks whether residual connections help an Inception network. This is the one without them; those with them
+are in `purecnn.zoo.inception_resnet`. New here: a stem that already splits and joins, and one module for each size of
+image. Zeros of the padding do not count in the average pools. A stage begins where the image shrinks: 4 A (35x35),
+7 B (17x17), 3 C (8x8). The paper does not say how it draws the weights; so it is done as in its authors' code,
+TensorFlow-Slim.
+"""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+
+from purecnn import layers
+from purecnn.initializers import variance_scaling, xavier_uniform
+from purecnn.layer import Layer, concat, numbered, serial
+from purecnn.layers import Pair, batch_norm, global_avg_pool, linear, max_pool, stateless
+from purecnn.paper import Paper, Variant
+
+PAPER = Paper(
+    "Inception-v4, Inception-ResNet and the Impact of Residual Connections on Learning",
+    "Szegedy, Ioffe, Vanhoucke, Alemi",
+    2016,
+    "arXiv:1602.07261",
+)
+
+ROW, COLUMN = (1, 7), (7, 1)
+SHORT_ROW, SHORT_COLUMN = (1, 3), (3, 1)
+
+he = variance_scaling(2.0, "fan_in", "truncated_normal")
+xavier = xavier_uniform()
+
+mean_pool = stateless(lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False))
+
+
+def conv_norm(width: int, kernel: Pair, stride: int = 1, padding: Pair | None = None) -> Layer:
+    """Convolution, batch normalisation, rectifier."""
+    return layers.conv_norm(width, kernel, stride, padding, init=he, norm=batch_norm(eps=1e-3))
+
+
+def chain(*widths_and_kernels: tuple[int, Pair], stride: int = 1, padding: int | None = None) -> Layer:
+    """Convolutions in a row; the last one may take strides, or have another padding."""
+    *inner, (width, kernel) = widths_and_kernels
+    last = conv_norm(width, kernel, stride, padding)
+    return numbered(*(conv_norm(width, kernel) for width, kernel in inner), last)
+
+
+def shrinking(*widths_and_kernels: tuple[int, Pair]) -> Layer:
+    """Convolutions in a row, the last one with stride 2 and without padding ("V" in the figures)."""
+    return chain(*widths_and_kernels, stride=2, padding=0)
+
+
+def pool_branch(width: int) -> Layer:
+    """The mean of 3x3, then 1x1."""
+    return serial(mean_pool, project=conv_norm(width, 1))
+
+
+def stem() -> Layer:
+    """Figure 3: to 35x35 with 384 channels; three times two ways lead on side by side."""
+    return serial(
+        conv1=conv_norm(32, 3, 2, 0), conv2=conv_norm(32, 3, 1, 0), conv3=conv_norm(64, 3),
+        split1=concat(pool=max_pool(3, 2), branch3=conv_norm(96, 3, 2, 0)),
+        split2=concat(
+            branch3=chain((64, 1), (96, 3), padding=0),
+            branch9=chain((64, 1), (64, ROW), (64, COLUMN), (96, 3), padding=0),
+        ),
+        split3=concat(branch3=conv_norm(192, 3, 2, 0), pool=max_pool(3, 2)),
+    )  # fmt: skip
+
+
+def module_a() -> Layer:
+    """Figure 4, 35x35."""
+    return concat(
+        branch1=conv_norm(96, 1),
+        branch3=chain((64, 1), (96, 3)),
+        branch5=chain((64, 1), (96, 3), (96, 3)),
+        pool=pool_branch(96),
+    )
+
+
+def reduction_a() -> Layer:
+    """Figure 7, from 35x35 to 17x17."""
+    return concat(
+        branch3=conv_norm(384, 3, 2, 0),
+        branch5=shrinking((192, 1), (224, 3), (256, 3)),
+        pool=max_pool(3, 2),
+    )
+
+
+def module_b() -> Layer:
+    """Figure 5, 17x17."""
+    return concat(
+        branch1=conv_norm(384, 1),
+        branch7=chain((192, 1), (224, ROW), (256, COLUMN)),
+        branch13=chain((192, 1), (192, COLUMN), (224, ROW), (224, COLUMN), (256, ROW)),
+        pool=pool_branch(128),
+    )
+
+
+def reduction_b() -> Layer:
+    """Figure 8, from 17x17 to 8x8."""
+    return concat(
+        branch3=shrinking((192, 1), (192, 3)),
+        branch9=shrinking((256, 1), (256, ROW), (320, COLUMN), (320, 3)),
+        pool=max_pool(3, 2),
+    )
+
+
+def module_c() -> Layer:
+    """Figure 6, 8x8: a row and a column side by side."""
+
+    def cross() -> Layer:
+        return concat(row=conv_norm(256, SHORT_ROW), column=conv_norm(256, SHORT_COLUMN))
+
+    return concat(
+        branch1=conv_norm(256, 1),
+        branch3=serial(reduce=conv_norm(384, 1), expand=cross()),
+        branch5=serial(
+            reduce=conv_norm(384, 1), column=conv_norm(448, SHORT_COLUMN), row=conv_norm(512, SHORT_ROW),
+            expand=cross(),
+        ),
+        pool=pool_branch(256),
+    )  # fmt: skip
+
+
+def inception_v4(*, depths: Sequence[int] = (4, 7, 3), num_classes: int = 1000, dropout: float = 0.2) -> Layer:
+    """Figure 9 of the paper.
+
+    Args:
+        depths: modules A, B and C.
+        num_classes: outputs of the head.
+        dropout: rate before the head.
+    """
+    a, b, c = depths
+    return serial(
+        stem=stem(),
+        stage1=numbered(*(module_a() for _ in range(a))),
+        stage2=numbered(reduction_a(), *(module_b() for _ in range(b))),
+        stage3=numbered(reduction_b(), *(module_c() for _ in range(c))),
+        head=serial(global_avg_pool, layers.dropout(dropout), linear=linear(num_classes, init=xavier, bias_init=0.0)),
+    )
+
+
+VARIANTS = {"inception_v4": Variant(inception_v4, PAPER, image_size=299)}

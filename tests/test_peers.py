@@ -1,0 +1,71 @@
+"""Networks that torchvision lacks, beside pytorchcv's and timm's: the same outputs, gradients and statistics."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import purecnn
+from converters import pytorchcv, timm
+from converters.library import Library
+from converters.rules import leaves
+from purecnn import random, tree
+from tests.table import TABLE, assert_close, differences, drawn_state_dict, heads, loss_of, to
+
+LIBRARIES = {"pytorchcv": pytorchcv.LIBRARY, "timm": timm.LIBRARY}
+PAIRS = [("pytorchcv", name) for name in pytorchcv.FAMILIES] + [("timm", name) for name in timm.FAMILIES]
+
+
+@pytest.mark.parametrize(("library", "name"), PAIRS)
+def test_model_equals_the_library_s(library: str, name: str) -> None:
+    pytest.importorskip(library, reason=f"{library} is not installed: nox -s peers has it")
+    found: Library = LIBRARIES[library]
+    model = purecnn.create(name, **dict.fromkeys(TABLE[name].draws, 0.0))
+    module = found.to_module(model, *model.init(random.key(0)))
+    state_dict = drawn_state_dict(module)
+    module.load_state_dict(state_dict)
+    params, state = found.from_state_dict(model, module.state_dict())
+    assert differences(found.to_state_dict(model, params, state), state_dict) == []
+
+    for layer in module.modules():
+        if isinstance(layer, nn.Dropout | nn.Dropout2d):
+            layer.p = 0.0
+
+    # Some pool the published size of images alone.
+    x = random.normal(random.key(1), (2, model.in_channels, model.image_size, model.image_size))
+    if name == "cbam_resnet50":  # its perceptron sees means and maxima at once: another order of sums, other maxima
+        module, x = module.double(), x.double()
+        params, state = to(torch.float64, params), to(torch.float64, state)
+    with torch.no_grad():
+        assert_close(model.apply(params, state, x)[0], module.eval()(x), rtol=1e-5, atol=0)
+
+    theirs = module.train()(x)
+    loss_of([theirs]).backward()
+    theirs = theirs.detach()
+    leaves = tree.map(lambda leaf: leaf.detach().requires_grad_(), params)
+    output, new_state = model.apply(leaves, state, x, train=True)
+    logits: Tensor = heads(output)[0]
+    assert_close(logits.detach(), theirs, rtol=1e-5, atol=0)
+    flat = tree.flatten(leaves)
+    gradients = torch.autograd.grad(loss_of([logits]), list(flat.values()), allow_unused=True, materialize_grads=True)
+    ours = found.to_state_dict(model, tree.unflatten(dict(zip(flat, gradients, strict=True))), new_state)
+    named = dict(module.named_parameters())
+    assert_close({key: ours[key] for key in named}, {key: p.grad for key, p in named.items()}, rtol=1e-3, atol=1e-6)
+    buffers = dict(module.named_buffers())
+    assert_close(
+        {key: ours[key].double() for key in buffers}, {key: b.double() for key, b in buffers.items()}, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_rules_fill_every_leaf_once(library: str) -> None:
+    """Without the library: its names and ours are one to one."""
+    found = LIBRARIES[library]
+    for name in (name for lib, name in PAIRS if lib == library):
+        model = purecnn.create(name)
+        params, state = leaves(model, found.family(model).rules(model))
+        keys = [leaf.key for leaf in (*params, *state)]
+        assert len(set(keys)) == len(keys)
+        rules = found.family(model).rules(model)
+        for leaf in (*params, *state):
+            layer = leaf.key.rpartition(".")[0]
+            assert rules.forward(layer) == leaf.path.rpartition(".")[0]
