@@ -20,7 +20,7 @@ from purecnn.zoo.mobilenet_v2 import divisible
 Pairs = list[tuple[str, str]]
 
 BASIC = (("conv", "conv"), ("bn", "norm"))
-"""In torchvision's ``BasicConv2d``."""
+"""In torchvision's and timm's ``BasicConv2d``, and in pytorchcv's ``ConvBlock``."""
 CONV_NORM = (("0", "conv"), ("1", "norm"))
 """In torchvision's ``Conv2dNormActivation``."""
 GATE = (("fc1", "squeeze"), ("fc2", "expand"))

@@ -5,7 +5,7 @@ Left are pytorchcv's names, right ours. pytorchcv itself is asked for only where
 
 from torch import nn
 
-from converters.families import Pairs, under
+from converters.families import BASIC, Pairs, under
 from converters.library import Family
 from converters.rules import Rules
 from purecnn import Model
@@ -55,8 +55,6 @@ def _nin(model: Model) -> nn.Module:
     return module
 
 
-_UNIT = (("conv", "conv"), ("bn", "norm"))
-"""In pytorchcv's ``ConvBlock``."""
 _BRANCH3 = (("conv1", "reduce"), ("conv2", "expand"))
 _BRANCH5 = (("conv1", "reduce"), ("conv2", "conv"), ("conv3", "expand"))
 _MODULE = [
@@ -85,7 +83,7 @@ def _bn_inception_rules(model: Model) -> Rules:
     ]
     for theirs, (ours, names) in _MODULES.items():
         blocks += under(f"features.{theirs}.branches", ours, names)
-    pairs = [pair for left, right in blocks for pair in under(left, right, _UNIT)]
+    pairs = [pair for left, right in blocks for pair in under(left, right, BASIC)]
     return Rules(*pairs, ("output", "head.linear"))
 
 

@@ -4,24 +4,15 @@ The two libraries are needed only to build their modules.
 """
 
 import json
-from typing import Any
 
 from torch import nn
 
 from converters.families import BASIC, Pairs, under
 from converters.library import Family
+from converters.peers_residual import any_size
 from converters.rules import ConversionError, Rules
 from purecnn import Model
 from purecnn.zoo import mnasnet_a1
-
-BLOCK = (("conv", "conv"), ("bn", "norm"))
-"""In pytorchcv's ``ConvBlock``."""
-
-
-def any_size(module: Any) -> nn.Module:
-    """pytorchcv's last pool wants images of one size; the mean of all pixels takes any."""
-    module.features.final_pool = nn.AdaptiveAvgPool2d(1)
-    return module
 
 
 def fixed(model: Model, **settings: object) -> None:
@@ -121,7 +112,7 @@ def _inception_resnet_v1_rules(model: Model) -> Rules:
             # A single convolution has a name of its own, but not in a reduction.
             end = "conv_list.conv{i+1}" if "{i}" in branch else "conv_list.conv1" if theirs[-1] == "1" else "conv"
             layers[f"{theirs}.branches.branch{i}.{end}"] = f"{ours}.{branch}"
-    pairs += [pair for left, right in layers.items() for pair in under(f"features.{left}", right, BLOCK)]
+    pairs += [pair for left, right in layers.items() for pair in under(f"features.{left}", right, BASIC)]
     return Rules(*pairs, ("output.fc1", "stage4.linear"), ("output.bn", "stage4.norm"), ("output.fc2", "head.linear"))
 
 
@@ -187,9 +178,9 @@ def _mobilenet_v1_timm(model: Model) -> nn.Module:
 def _mobilenet_v1_rules(model: Model) -> Rules:
     theirs, ours = "features.stage{s}.unit{b+1}", "stage{s}.{b}"
     return Rules(
-        *under("features.init_block", "stem", BLOCK),
-        *under(f"{theirs}.dw_conv", f"{ours}.depthwise", BLOCK),
-        *under(f"{theirs}.pw_conv", f"{ours}.pointwise", BLOCK),
+        *under("features.init_block", "stem", BASIC),
+        *under(f"{theirs}.dw_conv", f"{ours}.depthwise", BASIC),
+        *under(f"{theirs}.pw_conv", f"{ours}.pointwise", BASIC),
         ("output", "head.linear"),
     )
 
@@ -229,7 +220,7 @@ def _mnasnet_a1(model: Model) -> nn.Module:
 
 
 def _shufflenet_rules(model: Model) -> Rules:
-    pairs = [*under("features.init_block", "stem", BLOCK), ("output", "head.linear")]
+    pairs = [*under("features.init_block", "stem", BASIC), ("output", "head.linear")]
     for i, (conv, name) in enumerate((("compress", "reduce"), ("dw", "depthwise"), ("expand", "expand")), start=1):
         names = ((f"{conv}_conv{i}", f"{name}.conv"), (f"{conv}_bn{i}", f"{name}.norm"))
         pairs += under("features.stage{s}.unit{b+1}", "stage{s}.{b}", names)
@@ -278,7 +269,7 @@ def _polynet_rules(model: Model) -> Rules:
                 layers[f"{theirs}.branches.branch{n}.conv_list.conv{{i+1}}"] = f"{ours}.{name}.branch{n}.{{i}}"
             layers[f"{theirs}.branches.branch{single}.conv"] = f"{ours}.{name}.branch{single}.0"
             layers[f"{theirs}.conv"] = f"{ours}.{name}.restore"
-    pairs += [pair for left, right in layers.items() for pair in under(left, right, BLOCK)]
+    pairs += [pair for left, right in layers.items() for pair in under(left, right, BASIC)]
     return Rules(*pairs, ("output.fc", "head.linear"))
 
 
@@ -292,8 +283,8 @@ def _polynet(model: Model) -> nn.Module:
 
 def _cell(theirs: str, ours: str, current: str, previous: str) -> Pairs:
     """A cell of pytorchcv's NASNet or PNASNet, with all that may be in it."""
-    pairs = [*under(f"{theirs}.{current}", f"{ours}.current", BLOCK)]
-    pairs += under(f"{theirs}.{previous}", f"{ours}.previous", BLOCK)
+    pairs = [*under(f"{theirs}.{current}", f"{ours}.current", BASIC)]
+    pairs += under(f"{theirs}.{previous}", f"{ours}.previous", BASIC)
     for side in ("left", "right"):
         left, right = f"{theirs}.comb{{k}}_{side}", f"{ours}.block{{k+1}}.{side}"
         pairs += [
@@ -311,7 +302,7 @@ def _halve(theirs: str, ours: str) -> Pairs:
 
 def _nasnet_rules(model: Model) -> Rules:
     """pytorchcv has the two reductions of the stem outside of the first stage; some cells halve what came before."""
-    pairs = [*under("features.init_block", "stem", BLOCK), ("output.fc", "head.linear")]
+    pairs = [*under("features.init_block", "stem", BASIC), ("output.fc", "head.linear")]
     depth = model.settings["depth"]
     units = {
         "features.stem1_unit": "stage1.0",
@@ -351,8 +342,8 @@ def _nasnet(model: Model) -> nn.Module:
 
 def _pnasnet_rules(model: Model) -> Rules:
     """pytorchcv has the first cell outside of the first stage; some cells halve what came before."""
-    pairs = [*under("features.init_block", "stem", BLOCK), ("output.fc", "head.linear")]
-    pairs += under("features.stem1_unit.comb0_right", "stage1.0.block1.right", BLOCK)
+    pairs = [*under("features.init_block", "stem", BASIC), ("output.fc", "head.linear")]
+    pairs += under("features.stem1_unit.comb0_right", "stage1.0.block1.right", BASIC)
     depth = model.settings["depth"]
     units = {
         "features.stem1_unit": "stage1.0",
@@ -365,7 +356,7 @@ def _pnasnet_rules(model: Model) -> Rules:
         cell = _cell(theirs, ours, "conv_1x1", "conv_prev_1x1")
         pairs += [pair for pair in cell if not (halves and "_prev" in pair[0])]
         pairs += _halve(f"{theirs}.conv_prev_1x1", ours) if halves else []
-        pairs += under(f"{theirs}.comb4_right", f"{ours}.block5.right", BLOCK)
+        pairs += under(f"{theirs}.comb4_right", f"{ours}.block5.right", BASIC)
     return Rules(*pairs)
 
 

@@ -7,15 +7,13 @@ from typing import Any
 
 from torch import nn
 
-from converters.families import CONV_NORM, Pairs, under
+from converters.families import BASIC, CONV_NORM, Pairs, under
 from converters.library import Family
 from converters.rules import Rules
 from purecnn import Model
 
 # pytorchcv ------------------------------------------------------------------------------------------------------
 
-BLOCK = (("conv", "conv"), ("bn", "norm"))
-"""In pytorchcv's ``ConvBlock``."""
 UNIT = "features.stage{s}.unit{b+1}"
 OURS = "stage{s}.{b}"
 
@@ -47,9 +45,9 @@ def _bottlenecks(model: Model) -> list[list[int]]:
 
 def _resnet_v1_rules(model: Model) -> Rules:
     return Rules(
-        *under("features.init_block.conv", "stem", BLOCK),
+        *under("features.init_block.conv", "stem", BASIC),
         *after(f"{UNIT}.body.conv{{i}}", OURS, "{i}"),
-        *under(f"{UNIT}.identity_conv", f"{OURS}.shortcut", BLOCK),
+        *under(f"{UNIT}.identity_conv", f"{OURS}.shortcut", BASIC),
         ("output", "head.linear"),
     )
 
@@ -115,10 +113,10 @@ def _densenet_cifar(model: Model) -> nn.Module:
 def _gated_rules(model: Model, gates: Pairs) -> Rules:
     """A ResNet with something on the branch of each block."""
     return Rules(
-        *under("features.init_block.conv", "stem", BLOCK),
+        *under("features.init_block.conv", "stem", BASIC),
         *after(f"{UNIT}.body.conv{{i}}", OURS, "{i}"),
         *under(UNIT, OURS, gates),
-        *under(f"{UNIT}.identity_conv", f"{OURS}.shortcut", BLOCK),
+        *under(f"{UNIT}.identity_conv", f"{OURS}.shortcut", BASIC),
         ("output", "head.linear"),
     )
 
@@ -126,7 +124,7 @@ def _gated_rules(model: Model, gates: Pairs) -> Rules:
 SE = [("se.conv1", "gate.squeeze"), ("se.conv2", "gate.expand")]
 CBAM = [
     ("cbam.ch_gate.mlp.fc1", "channel.squeeze"), ("cbam.ch_gate.mlp.fc2", "channel.expand"),
-    *under("cbam.sp_gate.conv", "spatial", BLOCK),
+    *under("cbam.sp_gate.conv", "spatial", BASIC),
 ]  # fmt: skip
 
 
@@ -152,7 +150,7 @@ def _senet_rules(model: Model) -> Rules:
         *after("features.init_block.conv{i}", "stem.conv{i}", ""),
         *after(f"{UNIT}.body.conv{{i}}", OURS, "{i}"),
         *under(UNIT, OURS, SE),
-        *under(f"{UNIT}.identity_conv", f"{OURS}.shortcut", BLOCK),
+        *under(f"{UNIT}.identity_conv", f"{OURS}.shortcut", BASIC),
         ("output.fc", "head.linear"),
     )
 
@@ -182,7 +180,7 @@ def _cbam_resnet(model: Model) -> nn.Module:
 
 def _pyramidnet_cifar_rules(model: Model) -> Rules:
     return Rules(
-        *under("features.init_block", "stem", BLOCK),
+        *under("features.init_block", "stem", BASIC),
         (f"{UNIT}.body.conv{{i}}.conv", f"{OURS}.conv{{i}}"),
         (f"{UNIT}.body.conv1.bn", f"{OURS}.norm1"),
         (f"{UNIT}.body.conv2.bn", f"{OURS}.norm2"),
@@ -224,7 +222,7 @@ def _resattnet_rules(model: Model) -> Rules:
     for left, right in blocks:
         pairs += under(f"{UNIT}.{left}", f"{OURS}.{right}", unit)
     return Rules(
-        *under("features.init_block.conv", "stem", BLOCK),
+        *under("features.init_block.conv", "stem", BASIC),
         *pairs,
         *under(f"{UNIT}.middle_block", f"{OURS}.mask", mask),
         ("features.post_activ.bn", f"stage{last}.norm"),
@@ -251,7 +249,7 @@ def _fractalnet_cifar_rules(model: Model) -> Rules:
         for column in range(1, columns + 1):
             for i in range(2 ** (columns - column)):
                 block = f"block{(i + 1) * 2 ** (column - 1)}.subblock{column}"
-                pairs += under(f"features.unit{part + 1}.block.blocks.{block}", f"{ours}.column{column}_{i}", BLOCK)
+                pairs += under(f"features.unit{part + 1}.block.blocks.{block}", f"{ours}.column{column}_{i}", BASIC)
     return Rules(*pairs, ("output", "head.linear"))
 
 
