@@ -336,7 +336,7 @@ def _timm_resnet(model: Model, **options: Any) -> nn.Module:
     from timm.models.resnet import Bottleneck, ResNet
 
     return ResNet(
-        Bottleneck,  # type: ignore[arg-type]  # timm annotates an instance, but wants the class
+        Bottleneck,
         model.settings["depths"],
         model.settings["num_classes"],
         model.in_channels,
