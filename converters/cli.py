@@ -1,11 +1,10 @@
-"""The command line: ``purecnn list | inspect | train | evaluate | predict | convert | verify``.
+"""The command line: ``purecnn list | inspect | train | evaluate | predict | convert | verify | recipe``.
 
 It stands on top of both packages and is the one place that looks at the world: arguments, files and screen.
 Exit codes: 0 done, 1 failed, 2 misused.
 """
 
 import ctypes
-import json
 import os
 import sys
 from contextlib import suppress
@@ -18,14 +17,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 import purecnn
-from converters import checkpoint, files, run, sources
+from converters import checkpoint, files, recipes, run, sources
 from converters import torchvision as tv
 from converters.rules import ConversionError
+from converters.screen import notes, print_json, screen, table
 from converters.verify import CHECKS
 from converters.verify import verify as verify_model
 from purecnn import data, pictures
@@ -41,10 +39,7 @@ app = typer.Typer(
     add_completion=False,
     help="The whole evolution of CNN architectures, as pure functions.",
 )
-# A pipe has no width of its own; without one, tables would be cut to 80 columns.
-screen = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-notes = Console(stderr=True, highlight=False)
-
+app.add_typer(recipes.commands(), name="recipe")
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A name of `purecnn list`.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 Data = Annotated[
@@ -55,19 +50,6 @@ SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out files that 
 Workers = Annotated[int, typer.Option(min=0, help="Processes that read pictures.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...; by default a GPU if there is one.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Pictures in a batch.")]
-
-
-def table(*columns: str) -> Table:
-    """A plain table; columns whose names end in ``>`` are numbers."""
-    result = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        result.add_column(column.rstrip(">"), justify="right" if column.endswith(">") else "left", no_wrap=True)
-    return result
-
-
-def print_json(value: Any) -> None:
-    """To standard output, without colours and line breaks of the screen."""
-    print(json.dumps(value, indent=2))
 
 
 def create(name: str, **settings: Any) -> purecnn.Model:

@@ -62,7 +62,7 @@ def load(source: str | os.PathLike[str], name: str | None = None) -> Source:
 
 def _published(name: str, entry: WeightsEnum) -> Model:
     """The model as torchvision's published weights want it, for images of the size that they are evaluated at."""
-    settings = {"transform_input": True} if "transform_input" in purecnn.create(name).settings else {}
+    settings: dict[str, Any] = {"transform_input": True} if "transform_input" in purecnn.create(name).settings else {}
     return purecnn.create(name, image_size=tv.preprocessing(entry).size, **settings)
 
 

@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +34,12 @@ Of a random draw, ``path`` ends in `DRAW`, ``input`` is the probability of True 
 
 Law = Callable[[str, tuple[int, ...]], Initializer | float | None]
 """``law(path, shape)`` says how a tensor is drawn, or with which number it is filled; None leaves it to its layer."""
+
+Around = Callable[["Layer", Tree, Tree, Any, "Mode"], tuple[Any, Tree]]
+"""``around(layer, params, state, x, mode) -> (y, state)`` runs each layer that has tensors of its own, in its stead.
+
+It may call ``layer.apply``; `Layer.kind` says what sort of layer it is. What tools are made of that look at parameters
+and inputs layer by layer, such as the norms of per-sample gradients."""
 
 DRAW = "(draw)"
 """Stands for a random draw: in `Layer.names` if it is made at the layer's own path, and in a tap's path."""
@@ -56,15 +62,19 @@ class Mode(NamedTuple):
     tap: Tap | None = None
     law: Law | None = None
     """In initialisation, overrides the laws that layers bring along."""
+    norm: Literal["batch", "group"] = "batch"
+    """What stands where a network has batch normalisation: itself, or group normalisation, which needs no batch."""
+    around: Around | None = None
     path: str = ""
     """The names from the root to this layer, joined by dots."""
 
     def enter(self, name: str) -> "Mode":
-        """The mode of a child. Without key and tap nobody asks for the path, so it is not kept."""
-        if self.key is None and self.tap is None:
+        """The mode of a child. Without key, tap and around nobody asks for the path, so it is not kept."""
+        train, batch_statistics, key, tap, law, norm, around, path = self
+        if key is None and tap is None and around is None:
             return self
-        path = f"{self.path}.{name}" if self.path else name
-        return Mode(self.train, self.batch_statistics, self.key, self.tap, self.law, path)
+        path = f"{path}.{name}" if path else name
+        return Mode(train, batch_statistics, key, tap, law, norm, around, path)
 
     def draw_key(self) -> Tensor:
         """The key of this layer's draw: the run's key folded with the layer's path.
@@ -108,6 +118,9 @@ class Layer:
     replaced; in evaluation the very same object."""
     names: frozenset[str] = frozenset()
     """The names it uses in the tree, and `DRAW` if it draws at its own path."""
+    kind: Any = None
+    """Of a layer with tensors of its own, what sort it is, if it is one that tools know, with what they need to know:
+    see `purecnn.layers.Convolution`."""
 
 
 _EMPTY: Tree = {}

@@ -40,7 +40,21 @@ Leaves = tuple[dict[str, Leaf], dict[str, Leaf]]
 """The parameters and the statistics of one layer, by name."""
 
 
-def parametric(leaves: Callable[[Any], Leaves], apply: Apply, *names: str, keeps_shape: bool = False) -> Layer:
+class Convolution(NamedTuple):
+    """The `Layer.kind` of a convolution."""
+
+    stride: int
+    padding: tuple[int, int]
+    groups: int
+
+
+class Linear(NamedTuple):
+    """The `Layer.kind` of an affine map along the last axis."""
+
+
+def parametric(
+    leaves: Callable[[Any], Leaves], apply: Apply, *names: str, keeps_shape: bool = False, kind: Any = None
+) -> Layer:
     """A layer with tensors of its own.
 
     Args:
@@ -48,13 +62,14 @@ def parametric(leaves: Callable[[Any], Leaves], apply: Apply, *names: str, keeps
         apply: the function of `Layer.apply`; the output's shape is found by running it on meta tensors.
         names: the names of all its parameters and statistics.
         keeps_shape: the output's shape is the input's, so nothing needs to be run to find it.
+        kind: see `Layer.kind`.
     """
 
     def init(x: Any, mode: Mode) -> tuple[Tree, Tree, Any]:
-        own = leaves(x)
+        found = leaves(x)
 
         def draw(mode: Mode) -> list[Tree]:
-            return [{name: leaf.draw(name, mode) for name, leaf in part.items()} for part in own]
+            return [{name: leaf.draw(name, mode) for name, leaf in part.items()} for part in found]
 
         if keeps_shape:
             return *draw(mode), x
@@ -65,7 +80,14 @@ def parametric(leaves: Callable[[Any], Leaves], apply: Apply, *names: str, keeps
             params, state = draw(mode)
         return params, state, y
 
-    return Layer(init, apply, frozenset(names))
+    own = Layer(init, apply, frozenset(names), kind)
+
+    def run(params: Tree, state: Tree, x: Any, mode: Mode) -> tuple[Any, Tree]:
+        if mode.around is None:
+            return apply(params, state, x, mode)
+        return mode.around(own, params, state, x, mode)
+
+    return Layer(init, run, frozenset(names), kind)
 
 
 def stateless(function: Callable[[Any], Any]) -> Layer:
@@ -144,7 +166,8 @@ def conv(
     def apply(params: Tree, state: Tree, x: Tensor, mode: Mode) -> tuple[Tensor, Tree]:
         return torch.conv2d(x, params["weight"], params.get("bias"), stride, pad, 1, groups), state
 
-    return parametric(leaves, apply, "weight", *(["bias"] if bias else []))
+    kind = Convolution(stride, pad, groups)
+    return parametric(leaves, apply, "weight", *(["bias"] if bias else []), kind=kind)
 
 
 def linear(
@@ -167,7 +190,7 @@ def linear(
         y = F.linear(rows, params["weight"], params.get("bias"))
         return y.reshape(*x.shape[:-1], features) if x.ndim > 2 else y, state
 
-    return parametric(leaves, apply, "weight", *(["bias"] if bias else []))
+    return parametric(leaves, apply, "weight", *(["bias"] if bias else []), kind=Linear())
 
 
 def _hardsigmoid(x: Tensor) -> Tensor:
@@ -186,11 +209,12 @@ def batch_norm(eps: float = 1e-5, momentum: float = 0.1) -> Layer:
 
     ``y = weight * (x - m) / sqrt(v + eps) + bias`` with the batch's mean and variance, which also move the
     running ones, ``mean += momentum * (m - mean)`` (the variance likewise, unbiased); or with the running ones,
-    as ``Mode.batch_statistics`` says.
+    as ``Mode.batch_statistics`` says. With ``Mode.norm`` of "group" it is `group_norm` instead.
 
     Raises:
         ValueError: in training, if a channel has but one value.
     """
+    group = group_norm(eps=eps)
 
     def leaves(x: Tensor) -> Leaves:
         shape = (x.shape[1],)
@@ -219,7 +243,36 @@ def batch_norm(eps: float = 1e-5, momentum: float = 0.1) -> Layer:
             )
         return y, {**state, "mean": mean, "var": var, "count": state["count"] + 1}
 
-    return parametric(leaves, apply, "weight", "bias", "mean", "var", "count", keeps_shape=True)
+    batch = parametric(leaves, apply, "weight", "bias", "mean", "var", "count", keeps_shape=True)
+
+    def init(x: Any, mode: Mode) -> tuple[Tree, Tree, Any]:
+        return (group if mode.norm == "group" else batch).init(x, mode)
+
+    def run(params: Tree, state: Tree, x: Any, mode: Mode) -> tuple[Any, Tree]:
+        return (group if mode.norm == "group" else batch).apply(params, state, x, mode)
+
+    return Layer(init, run, batch.names)
+
+
+def group_norm(groups: int = 32, eps: float = 1e-5) -> Layer:
+    """Normalise groups of channels of each image by their own mean and variance (Wu and He 2018, arXiv:1803.08494).
+
+    No image knows of the others, so it trains with batches of one, and each image has a gradient of its own.
+
+    Args:
+        groups: at most so many; the largest number that divides the channels.
+        eps: keeps the division finite.
+    """
+
+    def leaves(x: Tensor) -> Leaves:
+        shape = (x.shape[1],)
+        return {"weight": Leaf(shape, 1.0), "bias": Leaf(shape, 0.0)}, {}
+
+    def apply(params: Tree, state: Tree, x: Tensor, mode: Mode) -> tuple[Tensor, Tree]:
+        count = next(n for n in range(min(groups, x.shape[1]), 0, -1) if x.shape[1] % n == 0)
+        return F.group_norm(x, count, params["weight"], params["bias"], eps), state
+
+    return parametric(leaves, apply, "weight", "bias", keeps_shape=True)
 
 
 def conv_norm(

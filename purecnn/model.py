@@ -11,8 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from purecnn.layer import Law, Layer, Mode, Tap
-from purecnn.paper import Paper, Variant
+from purecnn.layer import Around, Law, Layer, Mode, Tap
+from purecnn.paper import Loss, Paper, Variant
 from purecnn.tree import Tree
 from purecnn.zoo import VARIANTS
 
@@ -34,6 +34,12 @@ class Model:
     in_channels: int
     image_size: int
     """Side, in pixels, of the images that the shapes of the parameters are worked out for."""
+    norm: Literal["batch", "group"] = "batch"
+    """What stands where the paper has batch normalisation: see `create`."""
+    loss: Loss | None = None
+    """The paper's own loss, where that is not cross-entropy."""
+    pixels: tuple[float, float] | None = None
+    """What black and white are for this network, where its paper says so."""
 
     @property
     def num_classes(self) -> int:
@@ -58,11 +64,11 @@ class Model:
         tensor([0.5000, 0.5000])
         """
         chosen = find(self.name).paper_law if law == "paper" else law
-        return self._init(Mode(train=True, batch_statistics=True, key=key, law=chosen))
+        return self._init(Mode(train=True, batch_statistics=True, key=key, law=chosen, norm=self.norm))
 
     def spec(self) -> tuple[Tree, Tree]:
         """Parameters and running statistics as meta tensors: names, shapes and types without values."""
-        return self._init(Mode(train=True, batch_statistics=True))
+        return self._init(Mode(train=True, batch_statistics=True, norm=self.norm))
 
     def _init(self, mode: Mode) -> tuple[Tree, Tree]:
         x = torch.empty(2, self.in_channels, self.image_size, self.image_size, device="meta")
@@ -79,6 +85,7 @@ class Model:
         key: Tensor | None = None,
         statistics: Literal["batch", "running"] | None = None,
         tap: Tap | None = None,
+        around: Around | None = None,
     ) -> tuple[Any, Tree]:
         """Run the network.
 
@@ -92,6 +99,7 @@ class Model:
                 ones in evaluation. ``train=True, statistics="running"`` trains with frozen statistics.
             tap: called as ``tap(path, input, output)`` when each named layer ends; its result replaces the
                 output. For looking inside, and for derivatives with respect to what flows there.
+            around: runs each layer that has parameters in its stead; see `purecnn.layer.Around`.
 
         Returns:
             The logits ``(batch, classes)``, or `Outputs`; and the new running statistics.
@@ -107,7 +115,7 @@ class Model:
         if statistics not in (None, "batch", "running"):
             raise ValueError(f"statistics is 'batch', 'running' or None, found {statistics!r}")
         batch_statistics = train if statistics is None else statistics == "batch"
-        return self.layer.apply(params, state, x, Mode(train, batch_statistics, key, tap))
+        return self.layer.apply(params, state, x, Mode(train, batch_statistics, key, tap, None, self.norm, around))
 
     def features(self, params: Tree, state: Tree, x: Tensor) -> dict[str, Tensor]:
         """The outputs of stem, stages and head in evaluation mode, by name.
@@ -152,34 +160,57 @@ class UnknownModelError(ValueError):
     """There is no model of that name; the message has the nearest ones."""
 
 
-def create(name: str, *, in_channels: int | None = None, image_size: int | None = None, **settings: Any) -> Model:
+def create(
+    name: str,
+    *,
+    in_channels: int | None = None,
+    image_size: int | None = None,
+    norm: Literal["batch", "group"] = "batch",
+    **settings: Any,
+) -> Model:
     """Build a model by its name.
 
     Args:
         name: one of `list_models`.
         in_channels: channels of its images; by default the paper's.
         image_size: side in pixels of its images, for networks whose parameters depend on it.
+        norm: ``"group"`` puts group normalisation (`purecnn.layers.group_norm`) where the network has batch
+            normalisation: for gradients of single images, privacy, and batches of one. The tree keeps its names.
         settings: the family's own, such as ``num_classes`` and ``dropout``; see its module in `purecnn.zoo`.
 
     >>> create("resnet18", num_classes=10).settings["num_classes"]
     10
+    >>> create("resnet18", norm="group").spec()[1]  # no running statistics
+    {}
 
     Raises:
         UnknownModelError: if there is no such model.
         TypeError: if the family has no such setting.
+        ValueError: if ``norm`` is neither.
     """
     variant = find(name)
+    if norm not in ("batch", "group"):
+        raise ValueError(f"norm is 'batch' or 'group', found {norm!r}")
     try:
         bound = inspect.signature(variant.build).bind(**{**variant.settings, **settings})
     except TypeError as error:
         known = ", ".join(inspect.signature(variant.build).parameters)
-        raise TypeError(f"{name}: {error}; its settings are in_channels, image_size, {known}") from None
+        raise TypeError(f"{name}: {error}; its settings are in_channels, image_size, norm, {known}") from None
     bound.apply_defaults()
     in_channels = variant.in_channels if in_channels is None else in_channels
     image_size = variant.image_size if image_size is None else image_size
-    chosen = {**bound.arguments, "in_channels": in_channels, "image_size": image_size}
-    layer = variant.build(**bound.arguments)
-    return Model(name, layer, MappingProxyType(chosen), variant.paper, in_channels, image_size)
+    chosen = {**bound.arguments, "in_channels": in_channels, "image_size": image_size, "norm": norm}
+    return Model(
+        name,
+        variant.build(**bound.arguments),
+        MappingProxyType(chosen),
+        variant.paper,
+        in_channels,
+        image_size,
+        norm,
+        variant.loss,
+        variant.pixels,
+    )
 
 
 def find(name: str) -> Variant:

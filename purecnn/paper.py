@@ -4,7 +4,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from purecnn.layer import Law, Layer
+
+Loss = Callable[[Any, Tensor], Tensor]
+"""``loss(outputs, labels) -> scalar``: from logits or `purecnn.Outputs`, and the index of each image's class, to the
+mean over the batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,3 +38,7 @@ class Variant:
     in_channels: int = 3
     paper_law: Law | None = None
     """How the paper draws the parameters, where it says so and the default is another law."""
+    loss: Loss | None = None
+    """What the paper minimises, where that is not cross-entropy."""
+    pixels: tuple[float, float] | None = None
+    """What black and white are for this network, where its paper says so and the usual normalisation will not do."""

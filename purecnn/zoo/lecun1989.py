@@ -101,4 +101,6 @@ def squared_error(outputs: Tensor, labels: Tensor) -> Tensor:
     return (outputs - (2 * hit.to(outputs.dtype) - 1)).square().mean()
 
 
-VARIANTS = {"lecun1989": Variant(lecun1989, PAPER, image_size=16, in_channels=1)}
+VARIANTS = {
+    "lecun1989": Variant(lecun1989, PAPER, image_size=16, in_channels=1, loss=squared_error, pixels=(-1.0, 1.0))
+}

@@ -130,4 +130,6 @@ def competitive(logits: Tensor, labels: Tensor, j: float = 1.0) -> Tensor:
     return (others.logsumexp(-1, keepdim=True) - own).mean()
 
 
-VARIANTS = {"lenet5_1998": Variant(lenet5_1998, PAPER, image_size=32, in_channels=1)}
+VARIANTS = {
+    "lenet5_1998": Variant(lenet5_1998, PAPER, image_size=32, in_channels=1, loss=competitive, pixels=(-0.1, 1.175))
+}

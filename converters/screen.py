@@ -1,0 +1,25 @@
+"""What the commands print: tables and notes for people, JSON for scripts."""
+
+import json
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+# A pipe has no width of its own; without one, tables would be cut to 80 columns.
+screen = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+notes = Console(stderr=True, highlight=False)
+
+
+def table(*columns: str) -> Table:
+    """A plain table; columns whose names end in ``>`` are numbers."""
+    result = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        result.add_column(column.rstrip(">"), justify="right" if column.endswith(">") else "left", no_wrap=True)
+    return result
+
+
+def print_json(value: Any) -> None:
+    """To standard output, without colours and line breaks of the screen."""
+    print(json.dumps(value, indent=2))
