@@ -37,9 +37,12 @@ def wide(session: nox.Session) -> None:
 
 @nox.session
 def peers(session: nox.Session) -> None:
-    """The networks that torchvision lacks, beside those of pytorchcv and timm."""
-    session.install(".", *GROUPS, "pytorchcv", "timm")
+    """Everything that is compared with other libraries, beside those: networks, gradients, curvature, explanations."""
+    session.install(".[privacy]", *GROUPS, "pytorchcv", "timm")
     session.run("pytest", "tests/test_peers.py", *session.posargs)
+    session.install("opacus", "backpack-for-pytorch", "curvlinops-for-pytorch", "captum", "jax")
+    tests = ("per_sample", "privacy", "curvature", "kernels", "explain", "adversarial", "optimizers", "random")
+    session.run("pytest", *(f"tests/test_{name}.py" for name in tests), *session.posargs)
 
 
 @nox.session

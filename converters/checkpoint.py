@@ -48,9 +48,11 @@ def save(
     """Write a checkpoint, wholly or not at all.
 
     Raises:
-        ConversionError: if the trees are not the model's.
+        ConversionError: if the trees are not the model's, or no model of its name could be created again.
     """
-    check(model, params, state)
+    if model.name not in purecnn.list_models():
+        raise ConversionError(f"a checkpoint names the model that it rebuilds, and there is none called {model.name!r}")
+    check(purecnn.create(model.name, **model.settings), params, state)  # what a reader will build from the file
     metadata = {
         "format": FORMAT,
         "model": model.name,

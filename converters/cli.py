@@ -1,13 +1,17 @@
-"""The command line: ``purecnn list | inspect | train | evaluate | predict | convert | verify | recipe``.
+"""The command line: ``purecnn list | inspect | train | evaluate | predict | convert | verify | explain |
+recipe``.
 
 It stands on top of both packages and is the one place that looks at the world: arguments, files and screen.
 Exit codes: 0 done, 1 failed, 2 misused.
 """
 
 import ctypes
+import gc
 import os
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,20 +21,36 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.markup import escape
+from rich.progress import Progress
 
 import purecnn
-from converters import checkpoint, files, recipes, run, sources
+from converters import checkpoint, explaining, files, recipes, run
 from converters import torchvision as tv
+from converters.arguments import (
+    AsJson,
+    BatchSize,
+    Data,
+    Device,
+    ModelName,
+    Root,
+    SkipBad,
+    Workers,
+    create,
+    existing,
+    load_data,
+    load_source,
+    pick_device,
+)
 from converters.rules import ConversionError
 from converters.screen import notes, print_json, screen, table
+from converters.train_command import train
 from converters.verify import CHECKS
 from converters.verify import verify as verify_model
 from purecnn import data, pictures
-from purecnn.data import DataError
-from purecnn.model import UnknownModelError
+from purecnn.model import find
+from purecnn.paper import Group, Published
 from purecnn.summary import summarize
-from purecnn.training import DivergedError
 from purecnn.training import evaluate as evaluate_batches
 
 app = typer.Typer(
@@ -39,72 +59,23 @@ app = typer.Typer(
     add_completion=False,
     help="The whole evolution of CNN architectures, as pure functions.",
 )
+app.command()(train)
 app.add_typer(recipes.commands(), name="recipe")
-ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A name of `purecnn list`.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
-Data = Annotated[
-    str, typer.Option("--data", help=f"{', '.join(data.names())}, or a folder with train/ and val/ and class folders.")
-]
-Root = Annotated[Path | None, typer.Option(help="Where data sets are downloaded to.")]
-SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out files that are no pictures.")]
-Workers = Annotated[int, typer.Option(min=0, help="Processes that read pictures.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...; by default a GPU if there is one.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Pictures in a batch.")]
-
-
-def create(name: str, **settings: Any) -> purecnn.Model:
-    """As `purecnn.create`; an unknown name is misuse of the command line."""
-    try:
-        return purecnn.create(name, **settings)
-    except UnknownModelError as error:
-        raise typer.BadParameter(str(error), param_hint="MODEL") from None
-
-
-def load_data(name: str, root: Path | None, skip_bad: bool) -> data.DataSet:
-    """As `purecnn.data.load`; an unknown name is misuse of the command line."""
-    try:
-        return data.load(name, root=root, skip_bad=skip_bad)
-    except DataError as error:
-        if name in data.names() or Path(name).expanduser().is_dir():
-            raise
-        raise typer.BadParameter(str(error), param_hint="--data") from None
-
-
-def existing(path: Path) -> Path:
-    """A file that should be there; a wrong name is misuse of the command line."""
-    if not path.is_file():
-        raise typer.BadParameter(f"{path} does not exist", param_hint="FILE")
-    return path
-
-
-def load_source(source: str, name: str | None) -> sources.Source:
-    """As `converters.sources.load`, with names checked as arguments."""
-    if name is not None:
-        create(name)
-    if Path(source).suffix:
-        existing(Path(source))
-    return sources.load(source, name)
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of that name."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise typer.BadParameter(str(error).partition("\n")[0], param_hint="--device") from None
 
 
 @app.command("list")
 def list_command(
     pattern: Annotated[str, typer.Argument(help="A shell-style pattern, such as 'resnet*'.")] = "*",
+    by_year: Annotated[bool, typer.Option("--timeline", help="By year and group, with published results.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """List the architectures, in the order of their history."""
     names = purecnn.list_models(pattern)
     if not names:
         raise typer.BadParameter(f"no model matches {pattern!r}", param_hint="PATTERN")
+    if by_year:
+        _list_timeline(names, as_json)
+        return
     rows: list[dict[str, Any]] = []
     with Progress(console=notes, disable=not notes.is_terminal, transient=True) as progress:
         for name in progress.track(names, description="counting"):
@@ -141,6 +112,55 @@ def list_command(
 def _scored(name: str, scores: dict[str, float]) -> str:
     short = name.removeprefix("IMAGENET1K_")
     return f"{short} {scores['acc@1']:.1f}" if scores else short
+
+
+def timeline(names: Iterable[str]) -> list[dict[str, Any]]:
+    """A row for each model, by year and then by the first group: where it comes from, its size, and how well it did.
+
+    The published result is the paper's where the zoo has one, else that of torchvision's weights.
+    """
+    rows: list[dict[str, Any]] = []
+    for name in names:
+        model, published = purecnn.create(name), find(name).published
+        weights = {entry.name: tv.accuracies(entry) for entry in tv.weights_entries(model)}
+        measured = [
+            Published(s["acc@1"], "top-1 accuracy", "ImageNet", f"torchvision, {w}") for w, s in weights.items() if s
+        ]
+        result = published or (measured[0] if measured else None)
+        rows.append(
+            {
+                "year": model.paper.year,
+                "groups": list(model.paper.groups),
+                "in_survey": model.paper.in_survey,
+                "name": name,
+                "parameters": purecnn.tree.size(model.spec()[0]),
+                "published": asdict(result) if result else None,
+                "paper": model.paper.title,
+                "reference": model.paper.reference,
+                "weights": weights,
+            }
+        )
+    order = list(Group)
+    return sorted(rows, key=lambda row: (row["year"], [order.index(group) for group in row["groups"][:1]]))
+
+
+def _list_timeline(names: list[str], as_json: bool) -> None:
+    with Progress(console=notes, disable=not notes.is_terminal, transient=True) as progress:
+        rows = timeline(progress.track(names, description="counting"))
+    if as_json:
+        print_json(rows)
+        return
+    result = table("year>", "groups", "name", "parameters>", "published, %", "on", "source")
+    for column in (result.columns[1], result.columns[-1]):  # the long ones
+        column.no_wrap = False
+    for row in rows:
+        name = row["name"] if row["in_survey"] else f"{row['name']} *"
+        cells = [str(row["year"]), ", ".join(row["groups"]), name, f"{row['parameters']:,}"]
+        if (best := row["published"]) is not None:
+            cells += [f"{best['value']} {best['metric']}", best["data"], best["source"]]
+        result.add_row(*cells)
+    screen.print(result)
+    screen.print("* the survey of the groups, arXiv:1901.06032, does not have it", soft_wrap=True)
 
 
 @app.command()
@@ -183,112 +203,6 @@ def _parents_first(rows: list[Any]) -> list[Any]:
         children = next((i for i, other in enumerate(result) if other.path.startswith(f"{row.path}.")), len(result))
         result.insert(children, row)
     return result
-
-
-@app.command()
-def train(
-    model: ModelName,
-    data_name: Data = "digits",
-    source: Annotated[
-        str | None,
-        typer.Option("--from", help="Weights to begin with: a checkpoint, a file in torchvision's names, or DEFAULT."),
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the run; by default a new one in runs/.")] = None,
-    epochs: Annotated[
-        int | None, typer.Option(min=1, help="Times through the data; by default 30, with --from 10.")
-    ] = None,
-    batch_size: BatchSize = 32,
-    optimizer: Annotated[run.OptimizerName, typer.Option(help="Update rule.")] = run.OptimizerName.adamw,
-    learning_rate: Annotated[
-        float | None,
-        typer.Option("--learning-rate", "--lr", min=0, help="At its peak; by default 0.002, with --from 0.00005."),
-    ] = None,
-    schedule: Annotated[run.ScheduleName, typer.Option(help="Course of the learning rate.")] = run.ScheduleName.cosine,
-    momentum: Annotated[float, typer.Option(min=0, max=1, help="Of sgd.")] = 0.9,
-    weight_decay: Annotated[float, typer.Option(min=0, help="Not applied to biases and normalisation.")] = 1e-4,
-    label_smoothing: Annotated[float, typer.Option(min=0, max=1, help="0.1 is usual for ImageNet.")] = 0.0,
-    head_epochs: Annotated[
-        int | None,
-        typer.Option(min=0, help="First epochs, that train the head alone; by default a third of all with --from."),
-    ] = None,
-    image_size: Annotated[int | None, typer.Option(min=1, help="Side of the images, pixels.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of all that is random.")] = 0,
-    root: Root = None,
-    skip_bad: SkipBad = False,
-    workers: Workers = 0,
-    device: Device = "auto",
-    compile: Annotated[bool | None, typer.Option("--compile/--no-compile", help="By default on a GPU.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Train a network, from scratch or from weights; the run leaves a folder with all that it found."""
-    if epochs is None:
-        epochs = 30 if source is None else 10
-    options = run.Options(
-        model=model,
-        data=data_name,
-        source=source,
-        epochs=epochs,
-        batch_size=batch_size,
-        optimizer=optimizer,
-        learning_rate=learning_rate if learning_rate is not None else (2e-3 if source is None else 5e-5),
-        schedule=schedule,
-        momentum=momentum,
-        weight_decay=weight_decay,
-        label_smoothing=label_smoothing,
-        head_epochs=head_epochs if head_epochs is not None else (0 if source is None else -(-epochs // 3)),
-        image_size=image_size,
-        seed=seed,
-        root=None if root is None else str(root),
-        skip_bad=skip_bad,
-        workers=workers,
-        device=str(pick_device(device)),
-        compile=compile,
-    )
-    if out is not None and out.is_dir() and any(out.iterdir()):
-        raise typer.BadParameter(f"{out} is not empty: nothing is overwritten", param_hint="--out")
-    create(model)
-    dataset = load_data(data_name, root, skip_bad)
-    weights = None if source is None else load_source(source, model)
-    folder = out or run.new_folder(options)
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[last]}"),
-        console=notes,
-        disable=not notes.is_terminal,
-    ) as progress:
-        task = progress.add_task("training", total=None, last="")
-        result = run.train(
-            options,
-            dataset,
-            weights,
-            folder,
-            on_batch=lambda done, total: progress.update(task, completed=done, total=total),
-            on_epoch=lambda row: (
-                progress.update(task, last=f"accuracy {row['test_accuracy']:.2%}")
-                if notes.is_terminal
-                else notes.print(_line(row))
-            ),
-        )
-    if as_json:
-        print_json({"folder": str(folder), **result})
-        return
-    screen.print(
-        f"{model} on {data_name}: test accuracy {result['test_accuracy']:.2%} after epoch {result['epoch']}, "
-        f"the best of {result['epochs']}; {result['seconds']:.0f} s of training"
-    )
-    screen.print(f"everything is in {folder}{'/' if not str(folder).endswith('/') else ''}")
-    if result["skipped"]:
-        screen.print(f"{result['skipped']} files were no pictures and left out; config.json names them")
-
-
-def _line(row: dict[str, Any]) -> str:
-    return (
-        f"epoch {row['epoch']}: train loss {row['train_loss']:.4f}, accuracy {row['train_accuracy']:.2%}; "
-        f"test loss {row['test_loss']:.4f}, accuracy {row['test_accuracy']:.2%}"
-    )
 
 
 @app.command()
@@ -446,6 +360,39 @@ def _matching(pattern: str) -> list[str]:
     return purecnn.list_models(pattern) or [create(pattern).name]
 
 
+@app.command()
+def explain(
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Pictures.")],
+    source: Annotated[
+        str, typer.Option("--from", help="A checkpoint, a file in torchvision's names, or DEFAULT (with --model).")
+    ] = "DEFAULT",
+    model: Annotated[str | None, typer.Option("--model", help="Of weights that do not say it themselves.")] = None,
+    method: Annotated[
+        list[explaining.MethodName] | None, typer.Option(help="How; may be given several times. By default all.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The picture, a row for each image.")] = Path("explanation.png"),
+    as_json: AsJson = False,
+) -> None:
+    """Draw where a network looks: Grad-CAM, integrated gradients, SmoothGrad, input gradients."""
+    for path in images:
+        existing(path)
+    found = load_source(source, model)
+    methods = list(dict.fromkeys(method or explaining.MethodName))
+    results = [explaining.explain_picture(found, data.read_image(path), methods) for path in images]
+    rows = [
+        (each.seen, f"{each.answer}: {each.probability:.1%}", {explaining.TITLES[m]: each.maps[m] for m in methods})
+        for each in results
+    ]
+    pictures.explanations(rows, out)
+    if as_json:
+        reports = [{"image": str(path), **each.to_dict()} for path, each in zip(images, results, strict=True)]
+        print_json({"picture": str(out), "images": reports})
+        return
+    for path, each in zip(images, results, strict=True):
+        screen.print(f"{path}: {each.answer}, {each.probability:.2%}", soft_wrap=True)
+    screen.print(f"where {found.model.name} looks is drawn in {out}", soft_wrap=True)
+
+
 def keep_memory() -> None:
     """Have the C library keep freed memory: to get it from the system again costs a network a quarter of its time.
 
@@ -460,12 +407,13 @@ def keep_memory() -> None:
 def main() -> None:
     """The ``purecnn`` command."""
     keep_memory()
+    gc.freeze()  # what was imported stays: it need not be looked through again and again
     try:
         app()
-    except (ConversionError, DataError, DivergedError, files.FileError, OSError, RuntimeError, ValueError) as error:
+    except (ArithmeticError, ImportError, OSError, RuntimeError, ValueError) as error:
         # One paragraph; where in the network it happened is in the notes.
         words = [str(error), *getattr(error, "__notes__", [])]
-        notes.print(f"[red]error:[/red] {'; '.join(words)}", soft_wrap=True)
+        notes.print(f"[red]error:[/red] {escape('; '.join(words))}", soft_wrap=True)
         sys.exit(1)
 
 

@@ -1,19 +1,22 @@
 """A training run: from options to a folder that holds all that was found.
 
 checkpoint.safetensors   the network after its best epoch, with preprocessing and class names
+states/                  where the run stands, to go on with ``--resume``
 metrics.csv              a row for each epoch
 curves.png               the same as a picture
 confusion.png            which classes the best network takes for which
+report.html              all of it on one page
 config.json              the options, the versions, and the command that runs it again
 example.png              the first picture of the held-out half, to try a prediction on
 """
 
 import csv
 import json
+import math
 import platform
-import shlex
+import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,10 +25,12 @@ import torch
 import torchvision
 
 import purecnn
-from converters import checkpoint
+from converters import checkpoint, report, states
+from converters.options import ELSEWHERE, Options, Phase, mixing, phases
 from converters.rules import ConversionError
 from converters.sources import Source
-from purecnn import Model, data, optimizers, pictures, random, schedules, training, tree
+from converters.states import Standing
+from purecnn import Model, data, distributed, pictures, random, training, tree
 from purecnn.data import DataSet, Preprocessing
 from purecnn.files import replacing
 from purecnn.tree import Tree
@@ -38,58 +43,19 @@ class FormatName(StrEnum):
     torchvision = "torchvision"
 
 
-class OptimizerName(StrEnum):
-    """Update rules."""
-
-    sgd = "sgd"
-    adamw = "adamw"
+class RunError(ValueError):
+    """A run cannot go on in a folder."""
 
 
-class ScheduleName(StrEnum):
-    """Courses of the learning rate."""
+class Hooks(NamedTuple):
+    """What happens on the way."""
 
-    constant = "constant"
-    cosine = "cosine"
-    one_cycle = "one-cycle"
-
-
-@dataclass(frozen=True)
-class Options:
-    """All that decides how a run ends."""
-
-    model: str
-    data: str
-    source: str | None
-    epochs: int
-    batch_size: int
-    optimizer: OptimizerName
-    learning_rate: float
-    schedule: ScheduleName
-    momentum: float
-    weight_decay: float
-    label_smoothing: float
-    head_epochs: int
-    """Of all epochs the first, in which the head alone is trained."""
-    image_size: int | None
-    seed: int
-    root: str | None
-    skip_bad: bool
-    workers: int
-    device: str
-    compile: bool | None
-
-    def command(self) -> str:
-        """The command line that trains with these options."""
-        words = ["purecnn", "train", self.model]
-        for field, value in asdict(self).items():
-            flag = {"source": "--from"}.get(field, f"--{field.replace('_', '-')}")
-            if value is True:
-                words.append(flag)
-            elif value is False and field == "compile":
-                words.append("--no-compile")
-            elif value is not None and value is not False and field != "model":
-                words += [flag, str(value)]
-        return shlex.join(words)
+    on_batch: Callable[[int, int], None]
+    """Called with the number of batches done and in all."""
+    on_epoch: Callable[[dict[str, Any]], None]
+    """Called with each row of ``metrics.csv``."""
+    stop: Callable[[], bool]
+    """Asked after each batch whether to stop there."""
 
 
 def new_folder(options: Options) -> Path:
@@ -101,7 +67,10 @@ def new_folder(options: Options) -> Path:
 
 def preprocessing(model: Model, known: Preprocessing | None, dataset: DataSet) -> Preprocessing:
     """How the data set's pictures become the model's input: as the weights were trained, if they say so."""
-    return (known or dataset.preprocessing).adapt(size=model.image_size, channels=model.in_channels)
+    chosen = (known or dataset.preprocessing).adapt(size=model.image_size, channels=model.in_channels)
+    if known is not None or model.pixels is None:
+        return chosen
+    return chosen.between(*model.pixels)
 
 
 def check_classes(source: Source, dataset: DataSet) -> None:
@@ -128,89 +97,242 @@ def to(device: torch.device, params: Tree) -> Tree:
     return tree.map(lambda leaf: leaf.to(device), params)
 
 
+def check_resumable(options: Options, folder: Path) -> None:
+    """That the run in a folder was begun with the same options.
+
+    Raises:
+        RunError: that names what differs.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        return
+    before = json.loads(path.read_text())["options"]
+    now = json.loads(json.dumps(asdict(options)))
+    different = [name for name in now if name not in ELSEWHERE and before.get(name) != now[name]]
+    if different:
+        words = ", ".join(f"{name} was {before.get(name)} and is {now[name]}" for name in different)
+        raise RunError(f"the run in {folder} was begun with other options: {words}")
+
+
+class Outcome(NamedTuple):
+    """How a run ended."""
+
+    best: dict[str, Any] | None
+    """The best epoch's row; None if no epoch was done."""
+    epochs: int
+    """How many were done."""
+    stopped: bool
+    """Whether it was asked to stop; it can be resumed."""
+    seconds: float
+    """Spent on the epochs that were done."""
+
+
 def train(
     options: Options,
     dataset: DataSet,
     source: Source | None,
     folder: Path,
-    on_batch: Callable[[int, int], None],
-    on_epoch: Callable[[dict[str, Any]], None],
-) -> dict[str, Any]:
+    hooks: Hooks,
+    *,
+    every: float = 60.0,
+    keep: int = 1,
+    events: bool = False,
+) -> Outcome:
     """Train and write the folder; files appear as their contents become known, each at once and whole.
+
+    A folder that holds where a run stands is gone on with. In a process group all processes train, and the first one
+    writes.
 
     Args:
         options: of the run.
         dataset: what to train on.
         source: weights to begin with. Their heads are replaced if their classes are not the data set's.
         folder: the run's.
-        on_batch: called with the number of batches done and in all.
-        on_epoch: called with each row of ``metrics.csv``.
-
-    Returns:
-        The best epoch's row, and a few words on the run.
+        hooks: see there.
+        every: seconds after which to write where the run stands, besides after each epoch.
+        keep: how many of these files to keep.
+        events: write the rows for TensorBoard, too, into ``events/``.
 
     Raises:
+        ModuleNotFoundError: if there are to be events, and no ``tensorboard`` is installed.
         DivergedError: if the loss is no longer a number; the folder keeps what came before.
     """
-    device = torch.device(options.device)
-    init_key, fit_key = random.split(random.key(options.seed))
-    model, params, state = _start(options, dataset, source, init_key)
-    prepare = preprocessing(model, source.preprocessing if source else None, dataset)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_config(folder, options, model, dataset, prepare)
-    dataset.test[0][0].save(folder / "example.png")
+    run = _Run(options, dataset, source, folder, hooks, every, keep, events)
+    for index in range(run.standing.phase, len(run.phases)):
+        if run.train_phase(index):
+            return run.outcome(stopped=True)
+    run.conclude()
+    return run.outcome(stopped=False)
 
-    vary = prepare.training(dataset.augmentation)
-    test = data.batches(dataset.test, prepare.evaluation(), options.batch_size, workers=options.workers)
-    steps = -(-len(dataset.train) // options.batch_size)
-    rows: list[dict[str, Any]] = []
 
-    def epoch_done(row: training.Epoch, train_state: training.TrainState) -> None:
-        rows.append({**row._asdict(), "epoch": len(rows) + 1})
-        _write_metrics(folder / "metrics.csv", rows)
-        if rows[-1] is max(rows, key=_merit):
-            checkpoint.save(
-                folder / "checkpoint.safetensors",
-                model,
-                train_state.params,
-                train_state.state,
-                preprocessing=prepare,
-                classes=dataset.classes,
+class _Run:
+    """What the phases of a run share. The one place with a memory, since it is about files."""
+
+    def __init__(
+        self,
+        options: Options,
+        dataset: DataSet,
+        source: Source | None,
+        folder: Path,
+        hooks: Hooks,
+        every: float,
+        keep: int,
+        events: bool,
+    ) -> None:
+        self.options, self.dataset, self.folder, self.hooks = options, dataset, folder, hooks
+        self.every, self.keep = every, keep
+        self.device = torch.device(options.device)
+        init_key, self.key = random.split(random.key(options.seed))
+        self.model, params, state = _start(options, dataset, source, init_key)
+        if options.channels_last:
+            params = tree.map(_channels_last, params)
+        self.weights = to(self.device, params), to(self.device, state)
+        self.prepare = preprocessing(self.model, source.preprocessing if source else None, dataset)
+        self.part = distributed.rank(), distributed.world_size()
+        self.test = data.batches(
+            dataset.test, self.prepare.evaluation(), options.batch_size, workers=options.workers, part=self.part
+        )
+        self.steps = -(-len(dataset.train) // options.batch_size)
+        self.phases = phases(options, params, self.steps)
+        self.writes = distributed.rank() == 0
+        self.events = _events(folder / "events") if events and self.writes else None
+        self.written = time.monotonic()
+        found = distributed.from_first(states.load(folder / "states") if self.writes else None)
+        self.rows: list[dict[str, Any]] = list(found.rows) if found else []
+        self.standing = found or Standing(0, self._begin(self.phases[0]), ())
+        if found:
+            template = self._begin(self.phases[found.phase]).train_state
+            self.standing = states.like(found, template, self.device)
+        elif self.writes:
+            folder.mkdir(parents=True, exist_ok=True)
+            _write_config(folder, options, self.model, dataset, self.prepare)
+            dataset.test[0][0].save(folder / "example.png")
+
+    def _begin(self, phase: Phase) -> training.Position:
+        train_state = training.TrainState.start(
+            *self.weights,
+            phase.optimizer,
+            trainable=phase.trainable,
+            policy=self.options.policy,
+            average=self.options.average is not None,
+        )
+        return training.Position.start(train_state)
+
+    def train_phase(self, index: int) -> bool:
+        """Train one phase, and say whether it was stopped."""
+        options, phase = self.options, self.phases[index]
+        position = self.standing.position if index == self.standing.phase else self._begin(phase)
+        before = sum(each.epochs for each in self.phases[:index])
+        total = sum(each.epochs for each in self.phases) * self.steps
+        vary = self.prepare.training(self.dataset.augmentation)
+        mix = mixing(options, len(self.dataset.classes))
+
+        def batches(key: torch.Tensor) -> data.Batches:
+            return data.batches(
+                self.dataset.train,
+                vary,
+                options.batch_size,
+                key=key,
+                workers=options.workers,
+                mix=mix,
+                part=self.part,
             )
-        on_epoch(rows[-1])
 
-    weights = to(device, params), to(device, state)
-    try:
-        for phase in _phases(options, steps):
+        def step_done(now: training.Position, metrics: training.Metrics) -> bool:
+            done = (before + now.epoch - 1) * self.steps + now.batch
+            self.hooks.on_batch(done, total)
+            stop = distributed.agreed(self.hooks.stop())
+            if (stop or time.monotonic() - self.written >= self.every) and math.isfinite(float(metrics.loss)):
+                self.write(done, Standing(index, now, tuple(self.rows)))
+            return stop
+
+        def epoch_done(row: training.Epoch, train_state: training.TrainState) -> None:
+            self.rows.append({**row._asdict(), "epoch": before + row.epoch})
+            if self.writes:
+                _write_metrics(self.folder / "metrics.csv", self.rows)
+                if self.rows[-1] is max(self.rows, key=_merit):
+                    self.write_best(train_state)
+                if self.events is not None:
+                    for name, value in row._asdict().items():
+                        self.events.add_scalar(name, value, before + row.epoch)
+                    self.events.flush()
+            history.append(row)
+            now = training.Position.start(train_state)._replace(epoch=row.epoch + 1, history=tuple(history))
+            self.write((before + row.epoch) * self.steps, Standing(index, now, tuple(self.rows)))
+            self.hooks.on_epoch(self.rows[-1])
+
+        history = list(position.history)
+        whole = phase.trainable is None
+        try:
             fitted = training.fit(
-                model,
+                self.model,
                 phase.optimizer,
-                lambda key: data.batches(dataset.train, vary, options.batch_size, key=key, workers=options.workers),
-                test,
+                batches,
+                self.test,
                 epochs=phase.epochs,
-                key=random.fold_in(fit_key, len(rows)),
-                start=weights,
-                label_smoothing=options.label_smoothing,
-                trainable=(lambda path: path.startswith("head.")) if phase.head_only else None,
-                statistics="running" if phase.head_only else "batch",
-                compile=options.compile,
-                on_batch=lambda _, batch, metrics: on_batch(len(rows) * steps + batch, options.epochs * steps),
+                key=random.fold_in(self.key, before),
+                position=position,
+                trainable=phase.trainable,
+                policy=options.policy,
+                average=options.average,
+                on_step=step_done,
                 on_epoch=epoch_done,
+                label_smoothing=options.label_smoothing,
+                statistics=("global" if options.synchronize else "batch") if whole else "running",
+                accumulate=options.accumulate,
+                remat=2 if options.remat else 0,
+                compile=options.compile,
             )
-            weights = fitted.train_state.params, fitted.train_state.state
-    finally:
-        if rows:
-            pictures.curves(rows, folder / "curves.png")
-    model, params, state = checkpoint.load(folder / "checkpoint.safetensors")
-    found = training.evaluate(model, to(device, params), to(device, state), test)
-    pictures.confusion(found.confusion, dataset.classes, folder / "confusion.png")
-    best = max(rows, key=_merit)
-    return {
-        **best,
-        "epochs": options.epochs,
-        "seconds": sum(row["seconds"] for row in rows),
-        "skipped": len(dataset.skipped),
-    }
+        finally:
+            if self.rows and self.writes:
+                pictures.curves(self.rows, self.folder / "curves.png")
+        self.weights = fitted.train_state.params, fitted.train_state.state
+        return fitted.stopped
+
+    def write(self, number: int, standing: Standing) -> None:
+        """Write where the run stands."""
+        if self.writes:
+            states.save(self.folder / "states", number, standing, self.keep)
+        self.written = time.monotonic()
+
+    def write_best(self, train_state: training.TrainState) -> None:
+        """Write the network as it is now."""
+        params, state = train_state.averaged
+        checkpoint.save(
+            self.folder / "checkpoint.safetensors",
+            self.model,
+            tree.map(lambda leaf: leaf.float(), params),
+            state,
+            preprocessing=self.prepare,
+            classes=self.dataset.classes,
+        )
+
+    def conclude(self) -> None:
+        """Look at the best network: the pictures and the page."""
+        best = checkpoint.load(self.folder / "checkpoint.safetensors")[1:] if self.writes else None
+        params, state = distributed.from_first(best) or self.weights
+        params, state = to(self.device, params), to(self.device, state)
+        found = training.evaluate(self.model, params, state, self.test, policy=self.options.policy)
+        if self.writes:
+            pictures.confusion(found.confusion, self.dataset.classes, self.folder / "confusion.png")
+            report.write(self.folder, self.model, params, state, self.dataset, self.prepare, self.rows, found)
+
+    def outcome(self, stopped: bool) -> Outcome:
+        """How it ended."""
+        best = max(self.rows, key=_merit) if self.rows else None
+        return Outcome(best, len(self.rows), stopped, sum(row["seconds"] for row in self.rows))
+
+
+def _events(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ModuleNotFoundError("events for TensorBoard need its package: pip install tensorboard") from None
+    return SummaryWriter(str(folder))
+
+
+def _channels_last(leaf: torch.Tensor) -> torch.Tensor:
+    return leaf.contiguous(memory_format=torch.channels_last) if leaf.ndim == 4 else leaf
 
 
 def _start(options: Options, dataset: DataSet, source: Source | None, key: torch.Tensor) -> tuple[Model, Tree, Tree]:
@@ -230,43 +352,6 @@ def _start(options: Options, dataset: DataSet, source: Source | None, key: torch
     if source.classes == dataset.classes:
         return model, params, state
     return purecnn.replace_head(model, params, state, classes, key)
-
-
-class _Phase(NamedTuple):
-    epochs: int
-    optimizer: optimizers.Optimizer
-    head_only: bool
-
-
-def _phases(options: Options, steps: int) -> list[_Phase]:
-    """First the head alone, then all: a fresh head's first gradients would spoil a trained network's features.
-
-    Kumar et al., Fine-Tuning can Distort Pretrained Features, arXiv:2202.10054. The head's rate is ten times higher.
-    """
-    head = min(options.head_epochs, options.epochs)
-    rest = options.epochs - head
-    phases = [
-        _Phase(head, _optimizer(options, schedules.constant(10 * options.learning_rate)), True),
-        _Phase(rest, _optimizer(options, _rate(options, rest * steps)), False),
-    ]
-    return [phase for phase in phases if phase.epochs]
-
-
-def _rate(options: Options, steps: int) -> schedules.Schedule:
-    if options.schedule is ScheduleName.constant or not steps:
-        return schedules.constant(options.learning_rate)
-    if options.schedule is ScheduleName.cosine:
-        return schedules.cosine(options.learning_rate, steps)
-    return schedules.one_cycle(options.learning_rate, steps)
-
-
-def _optimizer(options: Options, rate: schedules.Schedule) -> optimizers.Optimizer:
-    def decay(path: str) -> bool:
-        return path.endswith(".weight") and ".norm" not in path
-
-    if options.optimizer is OptimizerName.sgd:
-        return optimizers.sgd(rate, momentum=options.momentum, weight_decay=options.weight_decay, decay=decay)
-    return optimizers.adamw(rate, weight_decay=options.weight_decay, decay=decay)
 
 
 def _merit(row: dict[str, Any]) -> tuple[float, float]:

@@ -43,11 +43,14 @@ __all__ = [
     "DataError",
     "DataSet",
     "Examples",
+    "Mix",
     "Preprocessing",
+    "Resident",
     "batches",
     "load",
     "names",
     "read_image",
+    "resident",
 ]
 
 Transform = Callable[[Any], Tensor]
@@ -201,9 +204,22 @@ class Preprocessing:
             adapted = replace(adapted, channels=channels, mean=mean, std=std)
         return adapted
 
+    def between(self, black: float, white: float) -> "Preprocessing":
+        """The same with other numbers for black and white.
+
+        >>> Preprocessing().between(-1.0, 1.0).mean
+        (0.5, 0.5, 0.5)
+        """
+        std = 1 / (white - black)
+        return replace(self, mean=(-black * std,) * self.channels, std=(std,) * self.channels)
+
     def evaluation(self) -> v2.Compose:
         """The transform from a PIL image (or a uint8 array or tensor) to a float32 (channels, size, size)."""
         return v2.Compose([_Mode(self.channels), *self._middle(), *self._to_tensor()])
+
+    def bytes(self) -> v2.Compose:
+        """As :meth:`evaluation`, but to uint8, and without mean and deviation."""
+        return v2.Compose([_Mode(self.channels), *self._middle(), v2.ToImage(), v2.ToPureTensor()])
 
     def training(self, augmentation: Augmentation) -> v2.Compose:
         """As :meth:`evaluation`, varied at random; the draws are from torch's global generator.
@@ -364,7 +380,11 @@ def names() -> tuple[str, ...]:
 
 
 def load(
-    name: str | os.PathLike[str], *, root: str | os.PathLike[str] | None = None, skip_bad: bool = False
+    name: str | os.PathLike[str],
+    *,
+    root: str | os.PathLike[str] | None = None,
+    skip_bad: bool = False,
+    like: str | None = None,
 ) -> DataSet:
     """Loads a data set by its name, or from a folder of pictures.
 
@@ -381,6 +401,8 @@ def load(
         root: where downloads are kept; default ``purecnn`` in the user's cache folder.
         skip_bad: leave out files of a folder that are no pictures, instead of refusing the folder. Every file
             is then decoded once, so one that is cut short is found now and not in the middle of training.
+        like: the name of a data set whose preprocessing and augmentation suit the pictures of a folder; by default
+            they count as photographs.
 
     Raises:
         DataError: for an unknown name, a failed download, a folder with another layout, or bad files (all are
@@ -391,6 +413,12 @@ def load(
         photographs = data.load("photographs", skip_bad=True)
         print(photographs.classes, len(photographs.train), photographs.skipped)
     """
+    if like is not None:
+        if like not in _SETTINGS:
+            raise DataError(f"pictures can be like those of {', '.join(names())}, not {like!r}")
+        preprocessing, augmentation = _SETTINGS[like]
+        found = load(name, root=root, skip_bad=skip_bad)
+        return replace(found, preprocessing=preprocessing, augmentation=augmentation)
     if name == "digits":
         return _digits()
     if isinstance(name, str) and name in _DOWNLOADS:
@@ -528,6 +556,10 @@ def _bad_files(files: Sequence[Path], check: Callable[[Path], object]) -> list[P
 # Batches ---------------------------------------------------------------------------------------------------
 
 
+Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""From images and labels of a batch to mixed images and shares of the classes: ``v2.MixUp``, ``v2.CutMix``."""
+
+
 def batches(
     examples: Examples,
     transform: Transform,
@@ -536,6 +568,8 @@ def batches(
     key: Tensor | None = None,
     workers: int = 0,
     drop_last: bool = False,
+    mix: Mix | None = None,
+    part: tuple[int, int] = (0, 1),
 ) -> "Batches":
     """Batches of pictures, once through ``examples``.
 
@@ -549,9 +583,13 @@ def batches(
         transform: from a PIL image to a tensor (channels, height, width), the same shape for every picture.
         batch_size: the last batch may be smaller, unless ``drop_last`` leaves it out.
         workers: processes that prepare batches in advance; 0 prepares them in this one, when asked for.
+        mix: mixes each batch's images; its draws depend on the key and the batch's number.
+        part: ``(i, n)`` gives every n-th picture of each batch, from the i-th on, to the i-th of n processes. A batch
+            of fewer pictures than processes is given to all.
 
     Returns:
-        An iterable with a ``len``, of images (batch, channels, height, width) and labels (batch,) int64.
+        An iterable with a ``len``, of images (batch, channels, height, width) and labels (batch,) int64; with
+        ``mix``, of shares (batch, classes).
 
     Raises:
         DataError: when there would be no batch at all, or (while iterating, and from a worker too) when a
@@ -564,10 +602,40 @@ def batches(
     """
     if batch_size < 1 or workers < 0:
         raise DataError(f"batch_size must be at least 1 and workers at least 0, not {batch_size} and {workers}")
-    count = len(examples)
-    if count < (batch_size if drop_last else 1):
-        raise DataError(f"{count} pictures make no batch of {batch_size}")
-    return Batches(examples, transform, batch_size, key, workers, drop_last)
+    if mix is not None and key is None:
+        raise DataError("to mix pictures is to draw: it needs a key")
+    order = _Order(len(examples), batch_size, key, drop_last, part)
+    return Batches(examples, transform, order, workers, mix)
+
+
+@dataclass(frozen=True, eq=False)
+class _Order:
+    """Which pictures are in which batch."""
+
+    count: int
+    batch_size: int
+    key: Tensor | None
+    drop_last: bool
+    part: tuple[int, int]
+    first: int = 0
+    """Batches to leave out at the beginning."""
+
+    def __post_init__(self) -> None:
+        if self.count < (self.batch_size if self.drop_last else 1):
+            raise DataError(f"{self.count} pictures make no batch of {self.batch_size}")
+
+    def __len__(self) -> int:
+        full, rest = divmod(self.count, self.batch_size)
+        return max(0, full + (rest > 0 and not self.drop_last) - self.first)
+
+    def groups(self) -> list[list[int]]:
+        order = list(range(self.count))
+        if self.key is not None:
+            order = random.permutation(random.split(self.key)[0], self.count).tolist()
+        begins = range(self.first * self.batch_size, self.count, self.batch_size)
+        whole = [order[begin : begin + self.batch_size] for begin in begins][: len(self)]
+        index, parts = self.part
+        return [group[index::parts] if len(group) >= parts else group for group in whole]
 
 
 @dataclass(frozen=True, eq=False)
@@ -576,36 +644,99 @@ class Batches:
 
     examples: Examples
     transform: Transform
-    batch_size: int
-    key: Tensor | None
+    order: _Order
     workers: int
-    drop_last: bool
+    mix: Mix | None
 
     def __len__(self) -> int:
-        full, rest = divmod(len(self.examples), self.batch_size)
-        return full + (rest > 0 and not self.drop_last)
+        return len(self.order)
+
+    def skip(self, count: int) -> "Batches":
+        """The same without its first ``count`` batches, whose pictures are not read."""
+        return replace(self, order=replace(self.order, first=self.order.first + count))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        count = len(self.examples)
-        order: Sequence[int] = range(count)
-        seeds: list[int] | None = None
-        if self.key is not None:
-            order_key, draw_key = random.split(self.key)
-            order = random.permutation(order_key, count).tolist()
-            seeds = random.bits(draw_key, (count,)).tolist()
+        key, seeds, mixing = self.order.key, None, None
+        if key is not None:
+            seeds = random.bits(random.split(key)[1], (len(self.examples),)).tolist()
+            if self.mix is not None:
+                mixing = random.bits(random.fold_in(key, 0), (self.order.first + len(self),)).tolist()
         loader: Iterable[tuple[Tensor, Tensor] | DataError] = DataLoader(
             _Prepared(self.examples, self.transform, seeds),
-            self.batch_size,
-            sampler=order,
+            batch_sampler=self.order.groups(),
             num_workers=self.workers,
-            drop_last=self.drop_last,
             collate_fn=_collate,
             generator=torch.Generator(),  # else a loader draws from the global generator
         )
-        for batch in loader:
+        for number, batch in enumerate(loader, self.order.first):
             if isinstance(batch, DataError):
                 raise batch
+            if mixing is not None and self.mix is not None:
+                with _seeded(mixing[number]):
+                    batch = self.mix(*batch)
             yield batch
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """torch's global generator, begun anew from a seed, and afterwards as it was."""
+    before = torch.get_rng_state()
+    # not torch.manual_seed, which seeds accelerators as well and is ten times slower
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before)
+
+
+def resident(
+    examples: Examples,
+    batch_size: int,
+    *,
+    preprocessing: Preprocessing,
+    device: torch.device | str = "cpu",
+) -> "Resident":
+    """All pictures in memory, on a device: for small data sets, whose reading would take longer than the training.
+
+    They are scaled and cropped as ``preprocessing`` says, and kept as bytes. Its mean and deviation are left to
+    `purecnn.augment`, which works on whole batches, inside of the training step.
+
+    Args:
+        examples: one half of a :class:`DataSet`.
+        batch_size: the last batch may be smaller.
+        preprocessing: of the pictures.
+        device: where to keep them.
+    """
+    keep = preprocessing.bytes()
+    images, labels = zip(*(examples[i] for i in range(len(examples))), strict=True)
+    stored = torch.stack([keep(image) for image in images]).to(device)
+    order = _Order(len(examples), batch_size, None, False, (0, 1))
+    return Resident(stored, torch.tensor(labels).to(device), order)
+
+
+@dataclass(frozen=True, eq=False)
+class Resident:
+    """What :func:`resident` returns: batches of images (batch, channels, height, width), uint8, and labels."""
+
+    images: Tensor
+    labels: Tensor
+    order: _Order
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def skip(self, count: int) -> "Resident":
+        """The same without its first ``count`` batches."""
+        return replace(self, order=replace(self.order, first=self.order.first + count))
+
+    def shuffled(self, key: Tensor, *, part: tuple[int, int] = (0, 1)) -> "Resident":
+        """In a key's order; ``part`` as in :func:`batches`."""
+        return replace(self, order=replace(self.order, key=key, part=part))
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for group in self.order.groups():
+            chosen = torch.tensor(group, device=self.labels.device)
+            yield self.images[chosen], self.labels[chosen]
 
 
 @dataclass(frozen=True)
@@ -626,13 +757,8 @@ class _Prepared(Dataset[tuple[Tensor, int] | DataError]):
             return error
         if self.seeds is None:
             return self.transform(image), label
-        before = torch.get_rng_state()
-        # not torch.manual_seed, which seeds accelerators as well and is ten times slower
-        torch.default_generator.manual_seed(self.seeds[index])
-        try:
+        with _seeded(self.seeds[index]):
             return self.transform(image), label
-        finally:
-            torch.set_rng_state(before)
 
 
 def _collate(examples: Sequence[tuple[Tensor, int] | DataError]) -> tuple[Tensor, Tensor] | DataError:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from purecnn import random
 from purecnn.initializers import Initializer
+from purecnn.remat import rematerialize
 from purecnn.tree import Tree
 
 Tap = Callable[[str, Any, Any], Any]
@@ -64,17 +65,21 @@ class Mode(NamedTuple):
     """In initialisation, overrides the laws that layers bring along."""
     norm: Literal["batch", "group"] = "batch"
     """What stands where a network has batch normalisation: itself, or group normalisation, which needs no batch."""
+    synchronized: bool = False
+    """A batch's statistics are those of all processes' batches together; see `purecnn.distributed`."""
     around: Around | None = None
+    remat: int = 0
+    """Layers so many names below do not keep what the backward pass needs, but compute it again; 0: none do."""
     path: str = ""
     """The names from the root to this layer, joined by dots."""
 
     def enter(self, name: str) -> "Mode":
         """The mode of a child. Without key, tap and around nobody asks for the path, so it is not kept."""
-        train, batch_statistics, key, tap, law, norm, around, path = self
-        if key is None and tap is None and around is None:
+        train, batch_statistics, key, tap, law, norm, synchronized, around, remat, path = self
+        if key is None and tap is None and around is None and not remat:
             return self
         path = f"{path}.{name}" if path else name
-        return Mode(train, batch_statistics, key, tap, law, norm, around, path)
+        return Mode(train, batch_statistics, key, tap, law, norm, synchronized, around, max(remat - 1, 0), path)
 
     def draw_key(self) -> Tensor:
         """The key of this layer's draw: the run's key folded with the layer's path.
@@ -154,7 +159,10 @@ def named(name: str, layer: Layer) -> Layer:
         before = state.get(name, _EMPTY)
         inner = mode.enter(name)
         try:
-            y, after = layer.apply(params.get(name, _EMPTY), before, x, inner)
+            if mode.remat == 1:
+                y, after = _rematerialized(layer, params.get(name, _EMPTY), before, x, inner)
+            else:
+                y, after = layer.apply(params.get(name, _EMPTY), before, x, inner)
         except Exception as error:
             _blame(error, name, x)
             raise
@@ -163,6 +171,14 @@ def named(name: str, layer: Layer) -> Layer:
         return y, state if after is before else {**state, name: after}
 
     return Layer(init, apply, frozenset((name,)))
+
+
+def _rematerialized(layer: Layer, params: Tree, state: Tree, x: Any, mode: Mode) -> tuple[Any, Tree]:
+    def run(params: Tree, state: Tree, x: Any, key: Tensor | None) -> tuple[Any, Tree]:
+        return layer.apply(params, state, x, mode._replace(key=key))
+
+    y, after = rematerialize(run, params, state, x, mode.key)
+    return y, after if mode.batch_statistics and state else state  # the same object where nothing is new
 
 
 def _children(positional: tuple[Layer, ...], keyword: Mapping[str, Layer]) -> tuple[list[Layer], frozenset[str]]:

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor
 
-from purecnn import initializers
+from purecnn import distributed, initializers
+from purecnn.convolution import conv2d
 from purecnn.eager import is_mapped, is_transformed
 from purecnn.initializers import Initializer
 from purecnn.layer import DRAW, Apply, Layer, Mode, multiply, serial
@@ -52,6 +53,13 @@ class Linear(NamedTuple):
     """The `Layer.kind` of an affine map along the last axis."""
 
 
+class Normalization(NamedTuple):
+    """The `Layer.kind` of ``weight * f(x) + bias``, with a number of each for every channel."""
+
+    axis: int
+    """Of the channels."""
+
+
 def parametric(
     leaves: Callable[[Any], Leaves], apply: Apply, *names: str, keeps_shape: bool = False, kind: Any = None
 ) -> Layer:
@@ -85,7 +93,8 @@ def parametric(
     def run(params: Tree, state: Tree, x: Any, mode: Mode) -> tuple[Any, Tree]:
         if mode.around is None:
             return apply(params, state, x, mode)
-        return mode.around(own, params, state, x, mode)
+        # What a layer is made of is its own affair.
+        return mode.around(own, params, state, x, mode._replace(around=None))
 
     return Layer(init, run, frozenset(names), kind)
 
@@ -164,7 +173,7 @@ def conv(
         return {"weight": weight, **_bias(bias, features, fan_in, bias_init)}, {}
 
     def apply(params: Tree, state: Tree, x: Tensor, mode: Mode) -> tuple[Tensor, Tree]:
-        return torch.conv2d(x, params["weight"], params.get("bias"), stride, pad, 1, groups), state
+        return conv2d(x, params["weight"], params.get("bias"), stride, pad, groups), state
 
     kind = Convolution(stride, pad, groups)
     return parametric(leaves, apply, "weight", *(["bias"] if bias else []), kind=kind)
@@ -225,25 +234,35 @@ def batch_norm(eps: float = 1e-5, momentum: float = 0.1) -> Layer:
 
     def apply(params: Tree, state: Tree, x: Tensor, mode: Mode) -> tuple[Tensor, Tree]:
         weight, bias, mean, var = params["weight"], params["bias"], state["mean"], state["var"]
+        dtype = x.dtype
+        if dtype != mean.dtype:  # shorter numbers than the statistics
+            weight, bias = weight.to(mean.dtype), bias.to(mean.dtype)
+            if is_mapped():  # where torch cannot mix types
+                x = x.to(mean.dtype)
         if not mode.batch_statistics:
-            return F.batch_norm(x, mean, var, weight, bias, False, momentum, eps), state
-        values = x.numel() // x.shape[1]
+            return F.batch_norm(x, mean, var, weight, bias, False, momentum, eps).to(dtype), state
+        values: int | Tensor = x.numel() // x.shape[1]
         if values == 1:
             raise ValueError(f"a batch's statistics need more than one value per channel, found {tuple(x.shape)}")
-        if is_mapped():
+        if mode.synchronized:
+            y, m, v, values = _normalized_over_processes(x, eps)
+            y = y * rearrange(weight, "c -> c 1 1") + rearrange(bias, "c -> c 1 1")
+        elif is_mapped():
             # The operator below has no vmap rule. This one has, but gives the deviation in place of the variance.
             y, m, inverse = torch.ops.aten._native_batch_norm_legit.no_stats(x, weight, bias, True, momentum, eps)
-            m, inverse = m.detach(), inverse.detach()
-            v = (inverse.square().reciprocal() - eps) * (values / (values - 1))
-            mean, var = momentum * m + (1 - momentum) * mean, momentum * v + (1 - momentum) * var
+            m, v = m.detach(), inverse.detach().square().reciprocal() - eps
         else:
             # What F.batch_norm does, but for writing into the running statistics.
             y, _, _, _, mean, var = torch.ops.aten._batch_norm_with_update_functional(
                 x, weight, bias, mean, var, momentum, eps
             )
-        return y, {**state, "mean": mean, "var": var, "count": state["count"] + 1}
+            return y, {**state, "mean": mean, "var": var, "count": state["count"] + 1}
+        v = v * (values / (values - 1))
+        mean, var = momentum * m + (1 - momentum) * mean, momentum * v + (1 - momentum) * var
+        return y.to(dtype), {**state, "mean": mean, "var": var, "count": state["count"] + 1}
 
-    batch = parametric(leaves, apply, "weight", "bias", "mean", "var", "count", keeps_shape=True)
+    names = ("weight", "bias", "mean", "var", "count")
+    batch = parametric(leaves, apply, *names, keeps_shape=True, kind=Normalization(1))
 
     def init(x: Any, mode: Mode) -> tuple[Tree, Tree, Any]:
         return (group if mode.norm == "group" else batch).init(x, mode)
@@ -252,6 +271,16 @@ def batch_norm(eps: float = 1e-5, momentum: float = 0.1) -> Layer:
         return (group if mode.norm == "group" else batch).apply(params, state, x, mode)
 
     return Layer(init, run, batch.names)
+
+
+def _normalized_over_processes(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The batch of all processes, of mean 0 and variance 1; its mean, variance, and number of values in a channel."""
+    x = x.float()
+    values = distributed.total({"": torch.tensor(float(x.numel() // x.shape[1]), device=x.device)})[""]
+    m = distributed.total_flowing(reduce(x, "b c h w -> c", "sum")) / values
+    centred = x - rearrange(m, "c -> c 1 1")
+    v = distributed.total_flowing(reduce(centred.square(), "b c h w -> c", "sum")) / values
+    return centred * rearrange((v + eps).rsqrt(), "c -> c 1 1"), m.detach(), v.detach(), values
 
 
 def group_norm(groups: int = 32, eps: float = 1e-5) -> Layer:
@@ -272,7 +301,7 @@ def group_norm(groups: int = 32, eps: float = 1e-5) -> Layer:
         count = next(n for n in range(min(groups, x.shape[1]), 0, -1) if x.shape[1] % n == 0)
         return F.group_norm(x, count, params["weight"], params["bias"], eps), state
 
-    return parametric(leaves, apply, "weight", "bias", keeps_shape=True)
+    return parametric(leaves, apply, "weight", "bias", keeps_shape=True, kind=Normalization(1))
 
 
 def conv_norm(
@@ -307,7 +336,7 @@ def layer_norm(eps: float = 1e-5) -> Layer:
     def apply(params: Tree, state: Tree, x: Tensor, mode: Mode) -> tuple[Tensor, Tree]:
         return F.layer_norm(x, x.shape[-1:], params["weight"], params["bias"], eps), state
 
-    return parametric(leaves, apply, "weight", "bias", keeps_shape=True)
+    return parametric(leaves, apply, "weight", "bias", keeps_shape=True, kind=Normalization(-1))
 
 
 def squeeze_excitation(

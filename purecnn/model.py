@@ -41,6 +41,28 @@ class Model:
     pixels: tuple[float, float] | None = None
     """What black and white are for this network, where its paper says so."""
 
+    @classmethod
+    def of(
+        cls,
+        layer: Layer,
+        *,
+        num_classes: int,
+        in_channels: int = 3,
+        image_size: int = 224,
+        name: str = "custom",
+        loss: Loss | None = None,
+    ) -> "Model":
+        """A model from a layer of one's own, for all that takes a model; it is not in the table.
+
+        >>> import purecnn
+        >>> from purecnn.layers import conv, global_avg_pool, linear, relu
+        >>> layer = purecnn.serial(stem=conv(8, 3), relu=relu, head=purecnn.serial(global_avg_pool, linear=linear(10)))
+        >>> params, state = Model.of(layer, num_classes=10, image_size=32).init(purecnn.random.key(0))
+        """
+        paper = Paper(name, "", 0, "")
+        settings = MappingProxyType({"num_classes": num_classes})
+        return cls(name, layer, settings, paper, in_channels, image_size, loss=loss)
+
     @property
     def num_classes(self) -> int:
         """How many logits it gives for an image."""
@@ -83,9 +105,10 @@ class Model:
         *,
         train: bool = False,
         key: Tensor | None = None,
-        statistics: Literal["batch", "running"] | None = None,
+        statistics: Literal["batch", "running", "global"] | None = None,
         tap: Tap | None = None,
         around: Around | None = None,
+        remat: int = 0,
     ) -> tuple[Any, Tree]:
         """Run the network.
 
@@ -96,26 +119,33 @@ class Model:
             train: draw random numbers, and return `Outputs` if there are auxiliary heads.
             key: of the random numbers; needed in training by networks with dropout.
             statistics: what batch normalisation uses; by default the batch's in training and the running
-                ones in evaluation. ``train=True, statistics="running"`` trains with frozen statistics.
+                ones in evaluation. ``train=True, statistics="running"`` trains with frozen statistics;
+                ``"global"`` are those of the batches of all processes together (`purecnn.distributed`).
             tap: called as ``tap(path, input, output)`` when each named layer ends; its result replaces the
                 output. For looking inside, and for derivatives with respect to what flows there.
             around: runs each layer that has parameters in its stead; see `purecnn.layer.Around`.
+            remat: for less memory, compute again in the backward pass what layers so many names below the top have
+                inside: 2 is a stage's block (`purecnn.remat`). Gradients stay the same.
 
         Returns:
             The logits ``(batch, classes)``, or `Outputs`; and the new running statistics.
 
         Raises:
-            ValueError: if ``x`` is not a batch of images with the model's channels.
+            ValueError: if ``x`` is not a batch of images with the model's channels, or settings do not go together.
             RuntimeError: from torch, with a note that says in which layer, if the images are too small.
         """
         if x.ndim != 4 or x.shape[1] != self.in_channels:
             raise ValueError(
                 f"{self.name} takes images (batch, {self.in_channels}, height, width), found {tuple(x.shape)}"
             )
-        if statistics not in (None, "batch", "running"):
-            raise ValueError(f"statistics is 'batch', 'running' or None, found {statistics!r}")
-        batch_statistics = train if statistics is None else statistics == "batch"
-        return self.layer.apply(params, state, x, Mode(train, batch_statistics, key, tap, None, self.norm, around))
+        if statistics not in (None, "batch", "running", "global"):
+            raise ValueError(f"statistics is 'batch', 'running', 'global' or None, found {statistics!r}")
+        if around is not None and remat:
+            raise ValueError("around sees each layer once; with remat they run again: use one of both")
+        batch_statistics = train if statistics is None else statistics != "running"
+        synchronized = statistics == "global"
+        mode = Mode(train, batch_statistics, key, tap, None, self.norm, synchronized, around, remat)
+        return self.layer.apply(params, state, x, mode)
 
     def features(self, params: Tree, state: Tree, x: Tensor) -> dict[str, Tensor]:
         """The outputs of stem, stages and head in evaluation mode, by name.

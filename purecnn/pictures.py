@@ -1,4 +1,4 @@
-"""Results as PNG files: learning curves, a confusion matrix, a prediction.
+"""Results as PNG files: learning curves, a confusion matrix, a prediction, explanations, filters.
 
 Drawn with matplotlib's objects: no window, no ``pyplot``, no global state. A file is written under another
 name and then moved into place, so a killed run leaves no half picture and a viewer sees none.
@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -20,7 +21,7 @@ from PIL import Image
 
 from purecnn.files import replacing
 
-__all__ = ["confusion", "curves", "prediction"]
+__all__ = ["confusion", "curves", "explanations", "filters", "paired", "prediction"]
 
 # Two of the colours of Okabe and Ito (https://jfly.uni-koeln.de/color/), which every kind of eye tells apart
 _BLUE, _ORANGE = "#0072b2", "#d55e00"
@@ -146,6 +147,48 @@ def confusion(matrix: ArrayLike, classes: Sequence[str], path: str | os.PathLike
     _save(figure, path)
 
 
+def paired(values: Mapping[str, Sequence[float]], path: str | os.PathLike[str]) -> None:
+    """Draws by how much arms of an experiment differ from the first one, in trials that belong together.
+
+    A bar is the mean difference, its line one standard error to each side, and a dot is a trial.
+
+    Args:
+        values: of each arm, what was measured in each trial, such as accuracies in percent; the first arm is what the
+            others are compared with.
+        path: the PNG file to write.
+
+    Raises:
+        ValueError: when there are fewer than two arms, or not as many trials of each.
+
+    Example::
+
+        pictures.paired({"plain": [57.0, 58.1], "boosted": [59.2, 60.0]}, "boosting.png")
+    """
+    names, lengths = list(values), {len(numbers) for numbers in values.values()}
+    if len(names) < 2 or len(lengths) != 1 or 0 in lengths:
+        raise ValueError("paired trials are two arms and as many trials of each")
+    base, *arms = names
+    reference = np.asarray(values[base], dtype=np.float64)
+    count = len(reference)
+    figure = _figure(9, 0.6 * len(arms) + 1.6)
+    axes = figure.subplots()
+    for row, arm in enumerate(arms):
+        gains = np.asarray(values[arm], dtype=np.float64) - reference
+        error = gains.std(ddof=1) / math.sqrt(count) if count > 1 else None
+        color = _BLUE if gains.mean() > 0 else _ORANGE
+        axes.barh(row, gains.mean(), xerr=error, height=0.6, color=color, alpha=0.55, error_kw={"capsize": 4})
+        axes.plot(gains, row + np.linspace(-0.2, 0.2, count + 2)[1:-1], "o", color=color, markersize=5)
+    axes.axvline(0, color=_GREY, linewidth=1.2)
+    axes.set_yticks(range(len(arms)), [f"{_fit(arm, 40)}: {np.mean(values[arm]):.1f}" for arm in arms])
+    axes.invert_yaxis()
+    axes.set_xlabel(f"difference to {_fit(base, 40)} ({reference.mean():.1f}), {count} paired trial{'s' * (count > 1)}")
+    axes.grid(axis="x", color="#e4e4e4")
+    axes.set_axisbelow(True)
+    axes.tick_params(axis="y", length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    _save(figure, path)
+
+
 def prediction(image: Image.Image, answers: Sequence[tuple[str, float]], path: str | os.PathLike[str]) -> None:
     """Draws a picture with the answer over it and the likeliest classes beside it.
 
@@ -186,6 +229,95 @@ def prediction(image: Image.Image, answers: Sequence[tuple[str, float]], path: s
     title = "\n".join(textwrap.wrap(f"{_fit(name, 110)}: {_percent(probability)}", 60))
     figure.suptitle(title, fontsize=15, fontweight="bold")
     _save(figure, path)
+
+
+def explanations(
+    rows: Sequence[tuple[Image.Image, str, Mapping[str, ArrayLike]]], path: str | os.PathLike[str]
+) -> None:
+    """Draws pictures, a row each, and beside each what a network looked at, glowing over the darkened picture.
+
+    The brightness of a map runs from 0 to its 99.5th percentile, so that single pixels do not outshine the rest
+    (Smilkov et al. 2017, arXiv:1706.03825, section 3.1, cap outliers alike).
+
+    Args:
+        rows: picture, caption, and heat maps by name: (height, width), at least 0, of any resolution; they cover the
+            whole picture.
+        path: the PNG file to write.
+
+    Raises:
+        ValueError: when there are no rows, or a map is no array of two axes.
+
+    Example::
+
+        pictures.explanations([(data.read_image("ant.jpg"), "ant: 98.6%", {"Grad-CAM": heat})], "why.png")
+    """
+    if not rows:
+        raise ValueError("no explanations to draw")
+    columns = 1 + max(len(maps) for _, _, maps in rows)
+    figure = _figure(3.4 * columns, 3.7 * len(rows))
+    for row, (image, caption, maps) in zip(figure.subplots(len(rows), columns, squeeze=False), rows, strict=True):
+        shown = image.convert("RGB")
+        shown.thumbnail((600, 600))
+        sharp = max(shown.size) <= 128
+        pixels = np.asarray(shown) / 255
+        luma = pixels @ (0.299, 0.587, 0.114)
+        for axes in row:
+            axes.set_axis_off()
+        row[0].imshow(pixels, interpolation="nearest" if sharp else "auto")
+        row[0].set_title("\n".join(textwrap.wrap(_fit(caption, 60), 34)), fontsize=12, fontweight="bold")
+        for axes, (name, heat) in zip(row[1:], maps.items(), strict=False):
+            strength = _stretched(heat, shown.size)
+            glow = colormaps["inferno"](strength)[..., :3]
+            axes.imshow(np.maximum(glow, 0.45 * luma[..., None]), interpolation="nearest" if sharp else "auto")
+            axes.set_title(name, fontsize=12)
+    _save(figure, path)
+
+
+def _stretched(heat: ArrayLike, size: tuple[int, int]) -> NDArray[np.float64]:
+    """A heat map at a picture's (width, height), from 0 to 1."""
+    values = np.asarray(heat, dtype=np.float32)
+    if values.ndim != 2:
+        raise ValueError(f"a heat map has two axes, found shape {values.shape}")
+    large = np.asarray(Image.fromarray(values).resize(size, Image.Resampling.BICUBIC), dtype=np.float64)
+    top = np.percentile(large, 99.5)
+    return np.clip(large / top, 0, 1) if top > 0 else np.zeros_like(large)
+
+
+def filters(weight: ArrayLike, path: str | os.PathLike[str]) -> None:
+    """Draws a convolution's filters as tiles, enlarged with sharp pixels: coloured ones if they see three channels.
+
+    Each filter is stretched by itself: its largest number in magnitude is black or white (of a colour), and zero is the
+    middle grey. Of filters that see another number of channels, each channel is a grey tile.
+
+    Args:
+        weight: (filters, channels, height, width).
+        path: the PNG file to write.
+
+    Raises:
+        ValueError: when there are no filters, or the array has not four axes.
+
+    Example::
+
+        pictures.filters(params["stem"]["conv1"]["weight"], "filters.png")
+    """
+    values = np.asarray(weight, dtype=np.float64)
+    if values.ndim != 4 or values.size == 0:
+        raise ValueError(f"filters have four axes (filters, channels, height, width), found shape {values.shape}")
+    if values.shape[1] != 3:
+        values = values.reshape(-1, 1, *values.shape[2:])
+    largest = np.abs(values).max(axis=(1, 2, 3), keepdims=True)
+    tiles = np.moveaxis(128 + 127 * values / np.where(largest > 0, largest, 1), 1, -1).round().astype(np.uint8)
+    count, height, width, channels = tiles.shape
+    columns = min(count, max(8, 2 * math.ceil(math.sqrt(count / 2))))  # about twice as wide as high
+    zoom = max(1, min(12, round(80 / max(height, width)), 1100 // (columns * (width + 1))))
+    gap = 4
+    rows = math.ceil(count / columns)
+    sheet = np.full((rows * (height * zoom + gap) + gap, columns * (width * zoom + gap) + gap, channels), 255, np.uint8)
+    for i, tile in enumerate(tiles.repeat(zoom, axis=1).repeat(zoom, axis=2)):
+        top, left = (gap + k * (side * zoom + gap) for k, side in zip(divmod(i, columns), (height, width), strict=True))
+        sheet[top : top + height * zoom, left : left + width * zoom] = tile
+    with replacing(path) as file:
+        Image.fromarray(sheet.squeeze(-1) if channels == 1 else sheet).save(file, format="PNG")
 
 
 def _figure(width: float, height: float) -> Figure:

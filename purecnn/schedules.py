@@ -6,12 +6,12 @@ ensemble. Schedules of several phases are compositions: ``warmup(5, cosine(0.1, 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-__all__ = ["Schedule", "constant", "cosine", "one_cycle", "step_decay", "warmup"]
+__all__ = ["Schedule", "constant", "cosine", "one_cycle", "piecewise", "step_decay", "warmup"]
 
 Schedule = Callable[[Tensor], Tensor]
 """From the number of updates made so far to the learning rate of the next one."""
@@ -46,6 +46,23 @@ def step_decay(initial: float, every: int, factor: float = 0.1) -> Schedule:
     """
     _check_steps(every=every)
     return lambda step: initial * torch.pow(factor, (step // every).float())
+
+
+def piecewise(initial: float, factors: Mapping[int, float]) -> Schedule:
+    """``initial``, and from each of some steps on another share of it.
+
+    >>> schedule = piecewise(1.0, {50: 0.1, 75: 0.01})
+    >>> [round(float(schedule(torch.tensor(step))), 3) for step in (0, 49, 50, 75, 100)]
+    [1.0, 1.0, 0.1, 0.01, 0.01]
+    """
+    boundaries = sorted(factors)
+    values = [initial, *(initial * factors[boundary] for boundary in boundaries)]
+
+    def schedule(step: Tensor) -> Tensor:
+        passed = torch.bucketize(step, torch.tensor(boundaries, device=step.device), right=True)
+        return torch.tensor(values, device=step.device)[passed]
+
+    return schedule
 
 
 def cosine(initial: float, steps: int, final: float = 0.0) -> Schedule:

@@ -3,7 +3,7 @@
 A *path* is the names from the root to a leaf joined by dots, as in ``"stage1.0.conv1.weight"``.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -12,12 +12,13 @@ Tree: TypeAlias = dict[str, Any]
 """A nested dictionary whose leaves are tensors."""
 
 
-def _walk(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+def _collect(tree: Mapping[str, Any], prefix: str, leaves: dict[str, Any]) -> None:
     for name, child in tree.items():
-        if isinstance(child, Mapping):
-            yield from _walk(child, f"{prefix}{name}.")
+        # A check for Mapping takes long, and nearly all children are dictionaries or tensors.
+        if isinstance(child, dict) or (not isinstance(child, Tensor) and isinstance(child, Mapping)):
+            _collect(child, f"{prefix}{name}.", leaves)
         else:
-            yield f"{prefix}{name}", child
+            leaves[prefix + name] = child
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -26,7 +27,9 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
     >>> flatten({"stem": {"conv1": {"weight": 1, "bias": 2}}, "head": {"weight": 3}})
     {'stem.conv1.weight': 1, 'stem.conv1.bias': 2, 'head.weight': 3}
     """
-    return dict(_walk(tree, ""))
+    leaves: dict[str, Any] = {}
+    _collect(tree, "", leaves)
+    return leaves
 
 
 def unflatten(leaves: Mapping[str, Any]) -> Tree:

@@ -72,8 +72,8 @@ def test_train_evaluate_predict(folder: Path) -> None:
     assert result.exit_code == 0, result.output
     summary = json.loads(result.stdout)
     assert summary["test_accuracy"] > 0.5
-    names = {"checkpoint.safetensors", "metrics.csv", "curves.png", "confusion.png", "config.json", "example.png"}
-    assert {path.name for path in (folder / "run").iterdir()} == names
+    names = "checkpoint.safetensors metrics.csv curves.png confusion.png report.html config.json example.png states"
+    assert {path.name for path in (folder / "run").iterdir()} == set(names.split())
     assert len((folder / "run" / "metrics.csv").read_text().splitlines()) == 3
 
     found = json.loads(call("evaluate", "run/checkpoint.safetensors", "--data", "digits", "--json").stdout)
@@ -88,6 +88,18 @@ def test_train_evaluate_predict(folder: Path) -> None:
     assert call(*again[1:], "--out", "again").exit_code == 0
     first, second = (files.read(folder / run / "checkpoint.safetensors") for run in ("run", "again"))
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_events_on_request(folder: Path) -> None:
+    words = ("train", "lenet5", "--epochs", "1", "--batch-size", "500", "--out", "run", "--tensorboard")
+    result = call(*words)
+    try:
+        import tensorboard  # noqa: F401
+    except ImportError:
+        assert "pip install tensorboard" in str(result.exception)
+    else:
+        assert result.exit_code == 0, result.output
+        assert list((folder / "run" / "events").iterdir())
 
 
 def test_a_run_overwrites_nothing(folder: Path) -> None:

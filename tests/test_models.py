@@ -298,8 +298,10 @@ def test_missing_parameters_name_the_layer() -> None:
 def test_wrong_choice_of_statistics() -> None:
     net = CASES["lenet"].model()
     wrong: Any = "frozen"
-    with pytest.raises(ValueError, match="'batch', 'running' or None, found 'frozen'"):
+    with pytest.raises(ValueError, match="'batch', 'running', 'global' or None, found 'frozen'"):
         net.apply(*net.init(random.key(0)), CASES["lenet"].images(), statistics=wrong)
+    with pytest.raises(ValueError, match="use one of both"):
+        net.apply(*net.init(random.key(0)), CASES["lenet"].images(), around=wrong, remat=2)
 
 
 @pytest.mark.parametrize("family", ["alexnet", "vgg", "googlenet", "squeezenet", "densenet"])

@@ -107,3 +107,16 @@ def test_nothing_to_draw(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="cannot have shape"):
             pictures.confusion(matrix, classes, tmp_path / "x.png")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("trials", [1, 5])
+def test_paired(tmp_path: Path, trials: int) -> None:
+    values = {f"an arm that costs ${arm}": [50 + arm + i**2 / 9 for i in range(trials)] for arm in range(4)}
+    pictures.paired(values, tmp_path / "paired.png")
+    assert drawn(tmp_path / "paired.png").std() > 10
+
+
+@pytest.mark.parametrize("values", [{}, {"a": [1.0]}, {"a": [1.0], "b": [1.0, 2.0]}, {"a": [], "b": []}])
+def test_paired_of_what_is_no_pair(tmp_path: Path, values: dict[str, list[float]]) -> None:
+    with pytest.raises(ValueError, match="two arms and as many trials"):
+        pictures.paired(values, tmp_path / "paired.png")

@@ -66,8 +66,8 @@ def start(model: Model, optimizer: Optimizer, **settings: Any) -> TrainState:
 
 
 def leaves(train_state: TrainState) -> list[Tensor]:
-    *trees, step = train_state
-    return [leaf for each in trees for leaf in tree.flatten(each).values()] + [step]
+    params, state, opt_state, step, extra = train_state
+    return [leaf for each in (params, state, opt_state, extra) for leaf in tree.flatten(each).values()] + [step]
 
 
 def equal(a: TrainState, b: TrainState) -> bool:
@@ -158,8 +158,7 @@ def test_an_ensemble_is_its_members(settings: dict[str, Any]) -> None:
             torch.testing.assert_close(metrics.loss[j], alone.loss)
             assert metrics.correct[j] == alone.correct
     for j in range(3):
-        *trees, count = together
-        member = TrainState(*(tree.map(lambda leaf, j=j: leaf[j], each) for each in trees), count[j])
+        member = torch.utils._pytree.tree_map(lambda leaf, j=j: leaf[j], together)
         close(member, members[j])
 
 
@@ -334,10 +333,11 @@ def test_fit_learns_and_tells() -> None:
     def on_epoch(row: Epoch, train_state: TrainState) -> None:
         rows.append(row)
         states.append(train_state)
-        *trees, step = train_state
-        copies.append(TrainState(*(tree.map(torch.clone, each) for each in trees), step.clone()))
+        copies.append(torch.utils._pytree.tree_map(torch.clone, train_state))
 
-    fitted = run(epochs=8, on_batch=lambda epoch, i, metrics: seen.append((epoch, i)), on_epoch=on_epoch)
+    fitted = run(
+        epochs=8, on_step=lambda position, metrics: seen.append((position.epoch, position.batch)), on_epoch=on_epoch
+    )
     assert seen == [(epoch, i) for epoch in range(1, 9) for i in range(1, 4)]
     assert tuple(rows) == fitted.history
     assert [row.epoch for row in rows] == list(range(1, 9))

@@ -8,7 +8,15 @@ import importlib
 
 import typer
 
-RECIPES: tuple[str, ...] = ()
+RECIPES = (
+    "lenet_cifar10",
+    "alexnet_hymenoptera",
+    "resnet20_cifar10",
+    "channel_boosting",
+    "few_shot_digits",
+    "influential_digits",
+    "private_digits",
+)
 """The modules of this package that are recipes; a command's name has dashes for underscores."""
 
 

@@ -11,9 +11,15 @@ from purecnn import layers
 from purecnn.initializers import Initializer, normal
 from purecnn.layer import Layer, serial
 from purecnn.layers import adaptive_avg_pool, conv, flatten, linear, max_pool, relu
-from purecnn.paper import Paper, Variant
+from purecnn.paper import Group, Paper, Variant
 
-PAPER = Paper("One weird trick for parallelizing convolutional neural networks", "Krizhevsky", 2014, "arXiv:1404.5997")
+PAPER = Paper(
+    "One weird trick for parallelizing convolutional neural networks",
+    "Krizhevsky",
+    2014,
+    "arXiv:1404.5997",
+    groups=(Group.SPATIAL,),
+)
 
 
 def alexnet(*, num_classes: int = 1000, dropout: float = 0.5) -> Layer:

@@ -22,13 +22,15 @@ from purecnn import layers
 from purecnn.initializers import normal
 from purecnn.layer import Layer, serial
 from purecnn.layers import conv, flatten, linear, max_pool, relu, stateless
-from purecnn.paper import Paper, Variant
+from purecnn.paper import Group, Paper, Published, Variant
 
 PAPER = Paper(
     "ImageNet Classification with Deep Convolutional Neural Networks",
     "Krizhevsky, Sutskever, Hinton",
     2012,
     "doi:10.1145/3065386",
+    groups=(Group.SPATIAL,),
+    in_survey=True,
 )
 
 gauss = normal(0.01)
@@ -91,4 +93,8 @@ def alexnet_2012(
     )  # fmt: skip
 
 
-VARIANTS = {"alexnet_2012": Variant(alexnet_2012, PAPER)}
+VARIANTS = {
+    "alexnet_2012": Variant(
+        alexnet_2012, PAPER, published=Published(40.7, "top-1 error", "ImageNet", "Table 2, one network")
+    )
+}

@@ -14,7 +14,7 @@ shrinks: 3a-3c, 4a-4e, 5a-5b.
 
 from purecnn.layer import Layer, concat, numbered, serial
 from purecnn.layers import avg_pool, batch_norm, conv, linear, max_pool, relu
-from purecnn.paper import Paper, Variant
+from purecnn.paper import Group, Paper, Published, Variant
 from purecnn.zoo.nin import he, whole_avg_pool
 
 PAPER = Paper(
@@ -22,6 +22,7 @@ PAPER = Paper(
     "Ioffe, Szegedy",
     2015,
     "arXiv:1502.03167",
+    groups=(Group.DEPTH, Group.WIDTH),
 )
 
 
@@ -89,4 +90,8 @@ def bn_inception(*, num_classes: int = 1000) -> Layer:
     )  # fmt: skip
 
 
-VARIANTS = {"bn_inception": Variant(bn_inception, PAPER)}
+VARIANTS = {
+    "bn_inception": Variant(
+        bn_inception, PAPER, published=Published(25.2, "top-1 error", "ImageNet", "Figure 4, one crop")
+    )
+}

@@ -15,12 +15,19 @@ from einops import reduce
 from torch import Tensor
 
 from purecnn.layer import Layer, multiply, serial
-from purecnn.layers import batch_norm, conv, global_avg_pool, identity, linear, relu, sigmoid, stateless
-from purecnn.paper import Paper, Variant
+from purecnn.layers import batch_norm, conv, identity, linear, relu, sigmoid, stateless
+from purecnn.paper import Group, Paper, Published, Variant
 from purecnn.zoo.resnet import he, projection
-from purecnn.zoo.resnet_v1 import bottleneck, residual, stages, stem
+from purecnn.zoo.resnet_v1 import bottleneck, network, residual
 
-PAPER = Paper("CBAM: Convolutional Block Attention Module", "Woo, Park, Lee, Kweon", 2018, "arXiv:1807.06521")
+PAPER = Paper(
+    "CBAM: Convolutional Block Attention Module",
+    "Woo, Park, Lee, Kweon",
+    2018,
+    "arXiv:1807.06521",
+    groups=(Group.ATTENTION,),
+    in_survey=True,
+)
 
 
 def mean_and_max(x: Tensor) -> Tensor:
@@ -67,8 +74,14 @@ def cbam_resnet(depths: Sequence[int], *, reduction: int = 16, num_classes: int 
         branch = bottleneck((width, width, 4 * width), (1, stride), init=he)
         return residual(attended(branch, 4 * width, reduction), projection(4 * width, stride))
 
-    head = serial(global_avg_pool, linear=linear(num_classes))
-    return serial(stem=stem(he), **stages(block, depths), head=head)
+    return network(block, depths, num_classes=num_classes)
 
 
-VARIANTS = {"cbam_resnet50": Variant(cbam_resnet, PAPER, {"depths": (3, 4, 6, 3)})}
+VARIANTS = {
+    "cbam_resnet50": Variant(
+        cbam_resnet,
+        PAPER,
+        {"depths": (3, 4, 6, 3)},
+        published=Published(22.66, "top-1 error", "ImageNet", "the paper, one crop"),
+    )
+}

@@ -7,7 +7,8 @@ A residual block's gate sees the means of the branch's channels and those of the
 much the branch adds. Of the paper's variants this is the "1x1 pair-view" on WRN-28-10: the two vectors of means are the
 columns of a small picture, which 1x1 convolutions draw anew ``channels / 16`` times; the mean of the drawings goes
 through two fully-connected layers. No layer of the gate has a bias, as in the authors' code. With 10 classes this makes
-36,883,234 parameters. The survey of this field prints 36.92 M, and not for which variant; the two are not reconciled.
+36,883,234 parameters; the authors' table (github.com/scut-aitcm/Competitive-Inner-Imaging-SENet) has 36.9 M for this
+variant, and the survey arXiv:1901.06032, which has 36.92 M, prints the error of this variant.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from purecnn.layer import Layer, Mode, named, numbered, serial
 from purecnn.layers import batch_norm, conv, global_avg_pool, identity, linear, relu, sigmoid, stateless
-from purecnn.paper import Paper, Variant
+from purecnn.paper import Group, Paper, Published, Variant
 from purecnn.tree import Tree
 from purecnn.zoo.preactresnet import he
 from purecnn.zoo.wideresnet_cifar import branch
@@ -28,6 +29,8 @@ PAPER = Paper(
     "Hu, Wen, Luo, Dai, Ma, Yu",
     2018,
     "arXiv:1807.08920",
+    groups=(Group.FEATURE_MAPS,),
+    in_survey=True,
 )
 
 
@@ -111,5 +114,11 @@ def cmpe_se_wideresnet_cifar(
 
 
 VARIANTS = {
-    "cmpe_se_wideresnet28_10_cifar": Variant(cmpe_se_wideresnet_cifar, PAPER, {"depths": (4, 4, 4)}, 32),
+    "cmpe_se_wideresnet28_10_cifar": Variant(
+        cmpe_se_wideresnet_cifar,
+        PAPER,
+        {"depths": (4, 4, 4)},
+        32,
+        published=Published(3.58, "test error", "CIFAR-10", "authors' repository, 1x1 pair-view"),
+    ),
 }

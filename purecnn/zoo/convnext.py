@@ -27,10 +27,16 @@ from purecnn.layers import (
     parametric,
     stochastic_depth,
 )
-from purecnn.paper import Paper, Variant
+from purecnn.paper import Group, Paper, Published, Variant
 from purecnn.tree import Tree
 
-PAPER = Paper("A ConvNet for the 2020s", "Liu, Mao, Wu, Feichtenhofer, Darrell, Xie", 2022, "arXiv:2201.03545")
+PAPER = Paper(
+    "A ConvNet for the 2020s",
+    "Liu, Mao, Wu, Feichtenhofer, Darrell, Xie",
+    2022,
+    "arXiv:2201.03545",
+    groups=(Group.DESIGN,),
+)
 
 cut = truncated_normal(0.02)
 
@@ -96,11 +102,16 @@ def convnext(
 
 
 VARIANTS = {
-    f"convnext_{name}": Variant(convnext, PAPER, {"depths": depths, "widths": widths, "stochastic_depth": rate})
-    for name, depths, widths, rate in (
-        ("tiny", (3, 3, 9, 3), (96, 192, 384, 768), 0.1),
-        ("small", (3, 3, 27, 3), (96, 192, 384, 768), 0.4),
-        ("base", (3, 3, 27, 3), (128, 256, 512, 1024), 0.5),
-        ("large", (3, 3, 27, 3), (192, 384, 768, 1536), 0.5),
+    f"convnext_{name}": Variant(
+        convnext,
+        PAPER,
+        {"depths": depths, "widths": widths, "stochastic_depth": rate},
+        published=Published(accuracy, "top-1 accuracy", "ImageNet", "authors' repository, 224 pixels"),
+    )
+    for name, depths, widths, rate, accuracy in (
+        ("tiny", (3, 3, 9, 3), (96, 192, 384, 768), 0.1, 82.1),
+        ("small", (3, 3, 27, 3), (96, 192, 384, 768), 0.4, 83.1),
+        ("base", (3, 3, 27, 3), (128, 256, 512, 1024), 0.5, 83.8),
+        ("large", (3, 3, 27, 3), (192, 384, 768, 1536), 0.5, 84.3),
     )
 }

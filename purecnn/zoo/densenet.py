@@ -11,13 +11,15 @@ from purecnn import layers
 from purecnn.initializers import kaiming_normal
 from purecnn.layer import Layer, concat, numbered, serial
 from purecnn.layers import avg_pool, batch_norm, conv, global_avg_pool, identity, linear, max_pool, relu
-from purecnn.paper import Paper, Variant
+from purecnn.paper import Group, Paper, Published, Variant
 
 PAPER = Paper(
     "Densely Connected Convolutional Networks",
     "Huang, Liu, van der Maaten, Weinberger",
     2016,
     "arXiv:1608.06993",
+    groups=(Group.MULTI_PATH,),
+    in_survey=True,
 )
 
 he = kaiming_normal("fan_in")
@@ -75,8 +77,28 @@ def densenet(
 
 
 VARIANTS = {
-    "densenet121": Variant(densenet, PAPER, {"depths": (6, 12, 24, 16)}),
-    "densenet169": Variant(densenet, PAPER, {"depths": (6, 12, 32, 32)}),
-    "densenet201": Variant(densenet, PAPER, {"depths": (6, 12, 48, 32)}),
-    "densenet161": Variant(densenet, PAPER, {"depths": (6, 12, 36, 24), "growth": 48, "stem_width": 96}),
+    "densenet121": Variant(
+        densenet,
+        PAPER,
+        {"depths": (6, 12, 24, 16)},
+        published=Published(25.0, "top-1 error", "ImageNet", "authors' repository, one crop"),
+    ),
+    "densenet169": Variant(
+        densenet,
+        PAPER,
+        {"depths": (6, 12, 32, 32)},
+        published=Published(23.6, "top-1 error", "ImageNet", "authors' repository, one crop"),
+    ),
+    "densenet201": Variant(
+        densenet,
+        PAPER,
+        {"depths": (6, 12, 48, 32)},
+        published=Published(22.5, "top-1 error", "ImageNet", "authors' repository, one crop"),
+    ),
+    "densenet161": Variant(
+        densenet,
+        PAPER,
+        {"depths": (6, 12, 36, 24), "growth": 48, "stem_width": 96},
+        published=Published(22.2, "top-1 error", "ImageNet", "authors' repository, one crop"),
+    ),
 }

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from purecnn import layers
 from purecnn.layer import Layer, concat, numbered, serial
 from purecnn.layers import batch_norm, conv, global_avg_pool, identity, linear, relu
-from purecnn.paper import Variant
+from purecnn.paper import Published, Variant
 from purecnn.zoo.densenet import PAPER, dense_layer, he, transition
 
 
@@ -58,6 +58,18 @@ def densenet_cifar(
 
 
 VARIANTS = {
-    "densenet40_k12_cifar": Variant(densenet_cifar, PAPER, {"depths": (12, 12, 12)}, 32),
-    "densenetbc100_k12_cifar": Variant(densenet_cifar, PAPER, {"depths": (16, 16, 16), "bottlenecks": True}, 32),
+    "densenet40_k12_cifar": Variant(
+        densenet_cifar,
+        PAPER,
+        {"depths": (12, 12, 12)},
+        32,
+        published=Published(5.24, "test error", "CIFAR-10", "authors' repository, with augmentation"),
+    ),
+    "densenetbc100_k12_cifar": Variant(
+        densenet_cifar,
+        PAPER,
+        {"depths": (16, 16, 16), "bottlenecks": True},
+        32,
+        published=Published(4.51, "test error", "CIFAR-10", "authors' repository, with augmentation"),
+    ),
 }

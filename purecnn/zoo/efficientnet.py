@@ -17,13 +17,23 @@ from purecnn import layers
 from purecnn.initializers import variance_scaling
 from purecnn.layer import Layer, add, numbered, serial
 from purecnn.layers import batch_norm, conv_norm, global_avg_pool, identity, linear, silu, squeeze_excitation
-from purecnn.paper import Paper, Variant
+from purecnn.paper import Group, Paper, Published, Variant
 from purecnn.zoo.mobilenet_v2 import divisible, he, inverted_residual
 
 V1 = Paper(
-    "EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks", "Tan, Le", 2019, "arXiv:1905.11946"
+    "EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks",
+    "Tan, Le",
+    2019,
+    "arXiv:1905.11946",
+    groups=(Group.SEARCH, Group.SCALING),
 )
-V2 = Paper("EfficientNetV2: Smaller Models and Faster Training", "Tan, Le", 2021, "arXiv:2104.00298")
+V2 = Paper(
+    "EfficientNetV2: Smaller Models and Faster Training",
+    "Tan, Le",
+    2021,
+    "arXiv:2104.00298",
+    groups=(Group.SEARCH, Group.SCALING, Group.TRAINING_SPEED),
+)
 
 Stage = tuple[Literal["mb", "fused"], int, int, int, int, int]
 """Kind of block, expansion, kernel, first stride, channels and number of blocks: a row of the papers' tables."""
@@ -127,31 +137,39 @@ def efficientnet(
 
 
 def _b(
-    width: float, depth: float, image_size: int, dropout: float, eps: float = 1e-5, momentum: float = 0.1
+    accuracy: float,
+    width: float,
+    depth: float,
+    image_size: int,
+    dropout: float,
+    eps: float = 1e-5,
+    momentum: float = 0.1,
 ) -> Variant:
     settings = {
         "width": width, "depth": depth, "dropout": dropout, "norm_eps": eps, "norm_momentum": momentum,
     }  # fmt: skip
-    return Variant(efficientnet, V1, settings, image_size)
+    published = Published(accuracy, "top-1 accuracy", "ImageNet", "Table 2, last version")
+    return Variant(efficientnet, V1, settings, image_size, published=published)
 
 
-def _v2(stages: Sequence[Stage], image_size: int, dropout: float) -> Variant:
+def _v2(accuracy: float, stages: Sequence[Stage], image_size: int, dropout: float) -> Variant:
     settings = {
         "stages": stages, "stem_width": stages[0][4], "last_width": 1280, "dropout": dropout, "norm_eps": 1e-3,
     }  # fmt: skip
-    return Variant(efficientnet, V2, settings, image_size)
+    published = Published(accuracy, "top-1 accuracy", "ImageNet", "authors' repository")
+    return Variant(efficientnet, V2, settings, image_size, published=published)
 
 
 VARIANTS = {
-    "efficientnet_b0": _b(1.0, 1.0, 224, 0.2),
-    "efficientnet_b1": _b(1.0, 1.1, 240, 0.2),
-    "efficientnet_b2": _b(1.1, 1.2, 260, 0.3),
-    "efficientnet_b3": _b(1.2, 1.4, 300, 0.3),
-    "efficientnet_b4": _b(1.4, 1.8, 380, 0.4),
-    "efficientnet_b5": _b(1.6, 2.2, 456, 0.4, 1e-3, 0.01),
-    "efficientnet_b6": _b(1.8, 2.6, 528, 0.5, 1e-3, 0.01),
-    "efficientnet_b7": _b(2.0, 3.1, 600, 0.5, 1e-3, 0.01),
-    "efficientnet_v2_s": _v2(S, 384, 0.2),
-    "efficientnet_v2_m": _v2(M, 480, 0.3),
-    "efficientnet_v2_l": _v2(L, 480, 0.4),
+    "efficientnet_b0": _b(77.1, 1.0, 1.0, 224, 0.2),
+    "efficientnet_b1": _b(79.1, 1.0, 1.1, 240, 0.2),
+    "efficientnet_b2": _b(80.1, 1.1, 1.2, 260, 0.3),
+    "efficientnet_b3": _b(81.6, 1.2, 1.4, 300, 0.3),
+    "efficientnet_b4": _b(82.9, 1.4, 1.8, 380, 0.4),
+    "efficientnet_b5": _b(83.6, 1.6, 2.2, 456, 0.4, 1e-3, 0.01),
+    "efficientnet_b6": _b(84.0, 1.8, 2.6, 528, 0.5, 1e-3, 0.01),
+    "efficientnet_b7": _b(84.3, 2.0, 3.1, 600, 0.5, 1e-3, 0.01),
+    "efficientnet_v2_s": _v2(83.9, S, 384, 0.2),
+    "efficientnet_v2_m": _v2(85.2, M, 480, 0.3),
+    "efficientnet_v2_l": _v2(85.7, L, 480, 0.4),
 }

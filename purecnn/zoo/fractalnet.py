@@ -9,8 +9,9 @@ Drop-path trains them to do without each other: locally a join drops each of its
 column is all there is, in the whole network.
 
 Here each image draws for itself whether its drop-path is global; pytorchcv takes a fixed part of the batch. Dropout
-drops single values, where pytorchcv drops channels. There are 33,724,618 parameters, as in pytorchcv; the paper says
-38.6 M, and the two are not reconciled. The first block is the stem.
+drops single values, where pytorchcv drops channels. There are 33,724,618 parameters, as in pytorchcv. The paper says
+38.6 M; but the authors' generator (github.com/gustavla/fractalnet) wires these same 35 convolutions with these widths,
+which hold 33.7 M, so the paper's figure must count something that neither shows. The first block is the stem.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from purecnn import layers, random
 from purecnn.initializers import kaiming_normal
 from purecnn.layer import Layer, Mode, named, serial
 from purecnn.layers import conv_norm, global_avg_pool, linear, max_pool
-from purecnn.paper import Paper, Variant
+from purecnn.paper import Group, Paper, Published, Variant
 from purecnn.tree import Tree
 
 PAPER = Paper(
@@ -31,6 +32,8 @@ PAPER = Paper(
     "Larsson, Maire, Shakhnarovich",
     2016,
     "arXiv:1605.07648",
+    groups=(Group.MULTI_PATH,),
+    in_survey=True,
 )
 
 he = kaiming_normal("fan_in")
@@ -155,4 +158,12 @@ def fractalnet_cifar(
     )
 
 
-VARIANTS = {"fractalnet_cifar": Variant(fractalnet_cifar, PAPER, {}, 32)}
+VARIANTS = {
+    "fractalnet_cifar": Variant(
+        fractalnet_cifar,
+        PAPER,
+        {},
+        32,
+        published=Published(4.6, "test error", "CIFAR-10", "with augmentation, drop-path and dropout"),
+    )
+}

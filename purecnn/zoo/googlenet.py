@@ -26,13 +26,15 @@ from purecnn.layers import (
     relu,
     stateless,
 )
-from purecnn.paper import Paper, Variant
+from purecnn.paper import Group, Paper, Variant
 
 PAPER = Paper(
     "Going Deeper with Convolutions",
     "Szegedy, Liu, Jia, Sermanet, Reed, Anguelov, Erhan, Vanhoucke, Rabinovich",
     2014,
     "arXiv:1409.4842",
+    groups=(Group.SPATIAL,),
+    in_survey=True,
 )
 
 narrow = truncated_normal(0.01)

@@ -8,16 +8,17 @@ convolutions that reduce the channels before the large kernels. 22 layers with a
 6,998,552, and 13,378,280 with the two auxiliary heads that training has.
 
 `purecnn.zoo.googlenet` is torchvision's network of that name, with batch normalisation and without true 5x5
-convolutions. Here all is the paper's. What the paper leaves open follows the authors of Caffe: the constants of local
-response normalisation, pools whose last window reaches over the border, and the initial values. A stage ends where
-the image shrinks or an auxiliary head taps: 3a-3b, 4a, 4b-4d, 4e, 5a-5b.
+convolutions. Here all is the paper's. What the paper leaves open follows Caffe's replication, ``bvlc_googlenet``: the
+constants of local response normalisation, pools whose last window reaches over the border, and the initial values (of
+which its authors say that the original's were Gaussian). A stage ends where the image shrinks or an auxiliary head
+taps: 3a-3b, 4a, 4b-4d, 4e, 5a-5b.
 """
 
 from purecnn import layers
 from purecnn.initializers import variance_scaling
 from purecnn.layer import Layer, concat, fork, named, numbered, serial
 from purecnn.layers import avg_pool, flatten, global_avg_pool, linear, max_pool, relu
-from purecnn.paper import Variant
+from purecnn.paper import Published, Variant
 from purecnn.zoo.alexnet_2012 import local_response_norm
 from purecnn.zoo.googlenet import PAPER
 
@@ -93,4 +94,8 @@ def googlenet_2014(
     return serial(shallow, fork(serial(middle, fork(deep, **aux2)), **aux1))
 
 
-VARIANTS = {"googlenet_2014": Variant(googlenet_2014, PAPER)}
+VARIANTS = {
+    "googlenet_2014": Variant(
+        googlenet_2014, PAPER, published=Published(10.07, "top-5 error", "ImageNet", "Table 3, one network, one crop")
+    )
+}

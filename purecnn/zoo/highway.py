@@ -8,8 +8,9 @@ that at first all layers nearly pass their input on. With it plain gradient desc
 network is one without gates.
 
 The network of 19 layers for CIFAR, 2,256,838 parameters, from the authors' files for Caffe
-(github.com/flukeskywalker/highway-networks). There the first convolution has its 0.05 in a field that Caffe's
-Gaussian does not read; surely the standard deviation was meant, and so it is here.
+(github.com/flukeskywalker/highway-networks). What these call "xavier" is He's rule in their version of Caffe. Their
+first convolution has its 0.05 in a field that the Gaussian does not read, where the last layer has it as the standard
+deviation; here both have it as that.
 """
 
 from collections.abc import Sequence
@@ -18,9 +19,16 @@ from purecnn import layers
 from purecnn.initializers import kaiming_normal, normal
 from purecnn.layer import Layer, add, multiply, numbered, serial
 from purecnn.layers import conv, global_avg_pool, identity, linear, max_pool, relu, sigmoid, stateless
-from purecnn.paper import Paper, Variant
+from purecnn.paper import Group, Paper, Published, Variant
 
-PAPER = Paper("Highway Networks", "Srivastava, Greff, Schmidhuber", 2015, "arXiv:1505.00387")
+PAPER = Paper(
+    "Highway Networks",
+    "Srivastava, Greff, Schmidhuber",
+    2015,
+    "arXiv:1505.00387",
+    groups=(Group.DEPTH, Group.MULTI_PATH),
+    in_survey=True,
+)
 
 he = kaiming_normal("fan_in")
 
@@ -79,4 +87,11 @@ def highway_cifar(
     )
 
 
-VARIANTS = {"highway19_cifar": Variant(highway_cifar, PAPER, image_size=32)}
+VARIANTS = {
+    "highway19_cifar": Variant(
+        highway_cifar,
+        PAPER,
+        image_size=32,
+        published=Published(92.46, "test accuracy", "CIFAR-10", "arXiv:1507.06228, Highway B, best run"),
+    )
+}

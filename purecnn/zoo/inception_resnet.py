@@ -9,8 +9,9 @@ it. Version 1 costs about what Inception v3 costs, version 2 what Inception v4 d
 
 Deviations from the paper, all of them those of the published weights. Version 2 has the stem of Inception v3 and one
 Inception module after it, in place of the stem of Inception v4, so its trunk is 320, 1088 and 2080 channels wide; and
-it has more modules. Version 1 is pytorchcv's, which follows FaceNet: a linear map to 512 numbers and a normalisation
-stand before the head. In both, the last module is neither scaled nor rectified.
+it has 10, 20 and 10 modules, where figure 15 has 5, 10 and 5 for both versions. Version 1 is pytorchcv's, which follows
+FaceNet: a sixth module C, and a linear map to 512 numbers and a normalisation before the head. In both, the last module
+is neither scaled nor rectified.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 from purecnn import layers
 from purecnn.layer import Layer, add, concat, numbered, serial
 from purecnn.layers import batch_norm, conv, global_avg_pool, identity, linear, max_pool, relu, stateless
-from purecnn.paper import Variant
+from purecnn.paper import Published, Variant
 from purecnn.zoo.inception_v4 import (
     COLUMN,
     PAPER,
@@ -194,6 +195,16 @@ def inception_resnet_v2(
 
 
 VARIANTS = {
-    "inception_resnet_v1": Variant(inception_resnet_v1, PAPER, image_size=299),
-    "inception_resnet_v2": Variant(inception_resnet_v2, PAPER, image_size=299),
+    "inception_resnet_v1": Variant(
+        inception_resnet_v1,
+        PAPER,
+        image_size=299,
+        published=Published(21.3, "top-1 error", "ImageNet", "Table 2, one crop"),
+    ),
+    "inception_resnet_v2": Variant(
+        inception_resnet_v2,
+        PAPER,
+        image_size=299,
+        published=Published(19.9, "top-1 error", "ImageNet", "Table 2, one crop"),
+    ),
 }

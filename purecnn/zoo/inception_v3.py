@@ -22,7 +22,7 @@ from purecnn.layers import (
     max_pool,
     stateless,
 )
-from purecnn.paper import Paper, Variant
+from purecnn.paper import Group, Paper, Published, Variant
 from purecnn.zoo.googlenet import to_half
 
 PAPER = Paper(
@@ -30,6 +30,8 @@ PAPER = Paper(
     "Szegedy, Vanhoucke, Ioffe, Shlens, Wojna",
     2015,
     "arXiv:1512.00567",
+    groups=(Group.DEPTH, Group.WIDTH),
+    in_survey=True,
 )
 
 ROW, COLUMN = (1, 7), (7, 1)
@@ -138,4 +140,8 @@ def inception_v3(
     return serial(shallow, fork(deep, **({"aux1": aux} if aux_logits else {})))
 
 
-VARIANTS = {"inception_v3": Variant(inception_v3, PAPER, image_size=299)}
+VARIANTS = {
+    "inception_v3": Variant(
+        inception_v3, PAPER, image_size=299, published=Published(21.2, "top-1 error", "ImageNet", "the paper, one crop")
+    )
+}

@@ -18,13 +18,15 @@ from purecnn import layers
 from purecnn.initializers import variance_scaling, xavier_uniform
 from purecnn.layer import Layer, concat, numbered, serial
 from purecnn.layers import Pair, batch_norm, global_avg_pool, linear, max_pool, stateless
-from purecnn.paper import Paper, Variant
+from purecnn.paper import Group, Paper, Published, Variant
 
 PAPER = Paper(
     "Inception-v4, Inception-ResNet and the Impact of Residual Connections on Learning",
     "Szegedy, Ioffe, Vanhoucke, Alemi",
     2016,
     "arXiv:1602.07261",
+    groups=(Group.DEPTH, Group.MULTI_PATH, Group.WIDTH),
+    in_survey=True,
 )
 
 ROW, COLUMN = (1, 7), (7, 1)
@@ -144,4 +146,8 @@ def inception_v4(*, depths: Sequence[int] = (4, 7, 3), num_classes: int = 1000, 
     )
 
 
-VARIANTS = {"inception_v4": Variant(inception_v4, PAPER, image_size=299)}
+VARIANTS = {
+    "inception_v4": Variant(
+        inception_v4, PAPER, image_size=299, published=Published(20.0, "top-1 error", "ImageNet", "Table 2, one crop")
+    )
+}

@@ -23,7 +23,7 @@ from purecnn import random
 from purecnn.initializers import Initializer, fans
 from purecnn.layer import Layer, Mode, serial
 from purecnn.layers import Leaf, Leaves, flatten, parametric, stateless
-from purecnn.paper import Paper, Variant
+from purecnn.paper import Group, Paper, Published, Variant
 from purecnn.tree import Tree
 
 PAPER = Paper(
@@ -31,6 +31,7 @@ PAPER = Paper(
     "LeCun, Boser, Denker, Henderson, Howard, Hubbard, Jackel",
     1989,
     "doi:10.1162/neco.1989.1.4.541",
+    groups=(Group.SPATIAL,),
 )
 
 
@@ -102,5 +103,13 @@ def squared_error(outputs: Tensor, labels: Tensor) -> Tensor:
 
 
 VARIANTS = {
-    "lecun1989": Variant(lecun1989, PAPER, image_size=16, in_channels=1, loss=squared_error, pixels=(-1.0, 1.0))
+    "lecun1989": Variant(
+        lecun1989,
+        PAPER,
+        image_size=16,
+        in_channels=1,
+        loss=squared_error,
+        pixels=(-1.0, 1.0),
+        published=Published(5.0, "test error", "zip codes", "quoted in karpathy/lecun1989-repro"),
+    )
 }

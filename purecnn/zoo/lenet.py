@@ -11,13 +11,15 @@ basis functions. 61,706 parameters for one channel, 62,006 for three.
 from purecnn.initializers import Initializer, fans, uniform
 from purecnn.layer import Layer, serial
 from purecnn.layers import conv, flatten, linear, max_pool, relu
-from purecnn.paper import Paper, Variant
+from purecnn.paper import Group, Paper, Published, Variant
 
 PAPER = Paper(
     "Gradient-Based Learning Applied to Document Recognition",
     "LeCun, Bottou, Bengio, Haffner",
     1998,
     "doi:10.1109/5.726791",
+    groups=(Group.SPATIAL,),
+    in_survey=True,
 )
 
 
@@ -39,4 +41,13 @@ def paper_law(path: str, shape: tuple[int, ...]) -> Initializer | float | None:
     return uniform(-bound, bound)
 
 
-VARIANTS = {"lenet5": Variant(lenet5, PAPER, image_size=32, in_channels=1, paper_law=paper_law)}
+VARIANTS = {
+    "lenet5": Variant(
+        lenet5,
+        PAPER,
+        image_size=32,
+        in_channels=1,
+        paper_law=paper_law,
+        published=Published(68, "test accuracy", "CIFAR-10", "Mastering PyTorch, 2nd ed., ch. 2, in colour"),
+    )
+}

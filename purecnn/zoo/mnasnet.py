@@ -3,16 +3,17 @@
     Tan, Chen, Pang, Vasudevan, Sandler, Howard, Le. MnasNet: Platform-Aware Neural Architecture Search for Mobile.
     CVPR 2019, arXiv:1807.11626.
 
-This is MnasNet-B1, without squeeze-and-excitation, as torchvision has it; the momentum of batch normalisation is the
-paper's, which counts it the other way round. Deviations from the paper, torchvision's: the last convolution keeps its
-1280 channels at every width, and the head is drawn by a uniform rule.
+This is MnasNet-B1, without squeeze-and-excitation, as torchvision has it. Deviations from the paper, torchvision's: the
+momentum of batch normalisation is 0.0003, where the paper and its authors' code have 0.01 (0.99 in their way of
+counting), and its eps PyTorch's, where that code has 0.001; the last convolution keeps its 1280 channels at every
+width; and the head is drawn by a uniform rule.
 """
 
 from purecnn import layers
 from purecnn.initializers import variance_scaling
 from purecnn.layer import Layer, numbered, serial
 from purecnn.layers import batch_norm, conv_norm, global_avg_pool, identity, linear, relu
-from purecnn.paper import Paper, Variant
+from purecnn.paper import Group, Paper, Variant
 from purecnn.zoo.mobilenet_v2 import divisible, he, inverted_residual
 
 PAPER = Paper(
@@ -20,6 +21,7 @@ PAPER = Paper(
     "Tan, Chen, Pang, Vasudevan, Sandler, Howard, Le",
     2018,
     "arXiv:1807.11626",
+    groups=(Group.MOBILE, Group.SEARCH),
 )
 
 # Expansion, kernel, channels, blocks and first stride of each stage after the first.

@@ -5,7 +5,7 @@
 
 `purecnn.zoo.mnasnet` has B1, without it. Excitation stands in three of the seven stages, and squeezes to a quarter of
 the block's *input* channels; kernels, expansions and depths differ from stage to stage, as the search decided.
-Deviations from the paper as in B1: He's initialisation, and PyTorch's eps of batch normalisation.
+Deviations from the paper as in B1: He's initialisation, and momentum and eps of batch normalisation.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from purecnn import layers
 from purecnn.initializers import variance_scaling
 from purecnn.layer import Layer, numbered, serial
 from purecnn.layers import batch_norm, conv_norm, global_avg_pool, identity, linear, relu, squeeze_excitation
-from purecnn.paper import Variant
+from purecnn.paper import Published, Variant
 from purecnn.zoo.mnasnet import PAPER
 from purecnn.zoo.mobilenet_v2 import divisible, he, inverted_residual
 
@@ -61,4 +61,8 @@ def mnasnet_a1(
     return serial(**parts, head=serial(global_avg_pool, layers.dropout(dropout), linear=linear_head))
 
 
-VARIANTS = {"mnasnet_a1": Variant(mnasnet_a1, PAPER)}
+VARIANTS = {
+    "mnasnet_a1": Variant(
+        mnasnet_a1, PAPER, published=Published(75.2, "top-1 accuracy", "ImageNet", "authors' repository")
+    )
+}

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from purecnn.initializers import normal
 from purecnn.layer import Layer, numbered, serial
 from purecnn.layers import conv_norm, global_avg_pool, linear
-from purecnn.paper import Paper, Variant
+from purecnn.paper import Group, Paper, Published, Variant
 from purecnn.zoo.mobilenet_v2 import he
 
 PAPER = Paper(
@@ -21,6 +21,7 @@ PAPER = Paper(
     "Howard, Zhu, Chen, Kalenichenko, Wang, Weyand, Andreetto, Adam",
     2017,
     "arXiv:1704.04861",
+    groups=(Group.MOBILE,),
 )
 
 
@@ -58,4 +59,6 @@ def mobilenet_v1(
     return serial(**parts, head=serial(global_avg_pool, linear=linear_head))
 
 
-VARIANTS = {"mobilenet_v1": Variant(mobilenet_v1, PAPER)}
+VARIANTS = {
+    "mobilenet_v1": Variant(mobilenet_v1, PAPER, published=Published(70.6, "top-1 accuracy", "ImageNet", "Table 6"))
+}

@@ -13,13 +13,14 @@ from purecnn import layers
 from purecnn.initializers import kaiming_normal, normal
 from purecnn.layer import Layer, add, numbered, serial
 from purecnn.layers import batch_norm, conv_norm, global_avg_pool, identity, linear, relu6, stochastic_depth
-from purecnn.paper import Paper, Variant
+from purecnn.paper import Group, Paper, Published, Variant
 
 PAPER = Paper(
     "MobileNetV2: Inverted Residuals and Linear Bottlenecks",
     "Sandler, Howard, Zhu, Zhmoginov, Chen",
     2018,
     "arXiv:1801.04381",
+    groups=(Group.MOBILE,),
 )
 
 he = kaiming_normal("fan_out")
@@ -102,4 +103,8 @@ def mobilenet_v2(
     return serial(**parts, head=serial(global_avg_pool, layers.dropout(dropout), linear=linear_head))
 
 
-VARIANTS = {"mobilenet_v2": Variant(mobilenet_v2, PAPER)}
+VARIANTS = {
+    "mobilenet_v2": Variant(
+        mobilenet_v2, PAPER, published=Published(72.0, "top-1 accuracy", "ImageNet", "authors' repository")
+    )
+}

@@ -13,7 +13,7 @@ from purecnn import layers
 from purecnn.initializers import normal
 from purecnn.layer import Layer, numbered, serial
 from purecnn.layers import batch_norm, conv_norm, global_avg_pool, hardsigmoid, hardswish, linear, relu
-from purecnn.paper import Paper, Variant
+from purecnn.paper import Group, Paper, Published, Variant
 from purecnn.zoo.mobilenet_v2 import divisible, he, inverted_residual
 
 PAPER = Paper(
@@ -21,6 +21,7 @@ PAPER = Paper(
     "Howard, Sandler, Chu, Chen, Chen, Tan, Wang, Zhu, Pang, Vasudevan, Le, Adam",
     2019,
     "arXiv:1905.02244",
+    groups=(Group.MOBILE, Group.SEARCH),
 )
 
 Block = tuple[int, int, int, bool, str, int]
@@ -88,6 +89,16 @@ def mobilenet_v3(
 
 
 VARIANTS = {
-    "mobilenet_v3_large": Variant(mobilenet_v3, PAPER, {"stages": LARGE, "hidden": 1280}),
-    "mobilenet_v3_small": Variant(mobilenet_v3, PAPER, {"stages": SMALL, "hidden": 1024}),
+    "mobilenet_v3_large": Variant(
+        mobilenet_v3,
+        PAPER,
+        {"stages": LARGE, "hidden": 1280},
+        published=Published(75.2, "top-1 accuracy", "ImageNet", "authors' repository"),
+    ),
+    "mobilenet_v3_small": Variant(
+        mobilenet_v3,
+        PAPER,
+        {"stages": SMALL, "hidden": 1024},
+        published=Published(67.5, "top-1 accuracy", "ImageNet", "authors' repository"),
+    ),
 }

@@ -39,7 +39,7 @@ from purecnn.layers import (
     relu,
     stateless,
 )
-from purecnn.paper import Paper, Variant
+from purecnn.paper import Group, Paper, Published, Variant
 from purecnn.tree import Tree
 
 PAPER = Paper(
@@ -47,6 +47,7 @@ PAPER = Paper(
     "Zoph, Vasudevan, Shlens, Le",
     2017,
     "arXiv:1707.07012",
+    groups=(Group.SEARCH,),
 )
 
 he = kaiming_uniform("fan_in")
@@ -276,7 +277,16 @@ def nasnet(
 
 VARIANTS = {
     "nasnet_a_large": Variant(
-        nasnet, PAPER, {"depth": 6, "width": 4032, "stem_width": 96, "skip_reduction": True}, image_size=331
+        nasnet,
+        PAPER,
+        {"depth": 6, "width": 4032, "stem_width": 96, "skip_reduction": True},
+        image_size=331,
+        published=Published(82.7, "top-1 accuracy", "ImageNet", "authors' weights in TensorFlow-Slim"),
     ),
-    "nasnet_a_mobile": Variant(nasnet, PAPER, {"depth": 4, "width": 1056}),
+    "nasnet_a_mobile": Variant(
+        nasnet,
+        PAPER,
+        {"depth": 4, "width": 1056},
+        published=Published(74.0, "top-1 accuracy", "ImageNet", "authors' weights in TensorFlow-Slim"),
+    ),
 }

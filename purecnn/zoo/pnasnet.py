@@ -11,7 +11,7 @@ same cell with stride 2. How cells are wired, and the deviations from the paper,
 from purecnn import layers
 from purecnn.layer import Layer, serial
 from purecnn.layers import conv, conv_norm, global_avg_pool, identity, linear, relu
-from purecnn.paper import Paper, Variant
+from purecnn.paper import Group, Paper, Published, Variant
 from purecnn.zoo.nasnet import (
     SEP3,
     SEP5,
@@ -37,6 +37,7 @@ PAPER = Paper(
     "Liu, Zoph, Neumann, Shlens, Hua, Li, Fei-Fei, Yuille, Huang, Murphy",
     2017,
     "arXiv:1712.00559",
+    groups=(Group.SEARCH,),
 )
 
 
@@ -88,4 +89,12 @@ def pnasnet(depth: int, width: int, *, stem_width: int = 96, num_classes: int = 
     )
 
 
-VARIANTS = {"pnasnet5_large": Variant(pnasnet, PAPER, {"depth": 4, "width": 4320}, image_size=331)}
+VARIANTS = {
+    "pnasnet5_large": Variant(
+        pnasnet,
+        PAPER,
+        {"depth": 4, "width": 4320},
+        image_size=331,
+        published=Published(82.9, "top-1 accuracy", "ImageNet", "authors' weights in TensorFlow-Slim"),
+    )
+}

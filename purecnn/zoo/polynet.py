@@ -22,13 +22,18 @@ from purecnn import layers, tree
 from purecnn.initializers import kaiming_uniform
 from purecnn.layer import Layer, Mode, add, concat, named, numbered, serial
 from purecnn.layers import Pair, conv_norm, global_avg_pool, identity, linear, max_pool, relu
-from purecnn.paper import Paper, Variant
+from purecnn.paper import Group, Paper, Published, Variant
 from purecnn.tree import Tree
 from purecnn.zoo.inception_resnet import scaled
 from purecnn.zoo.inception_v4 import COLUMN, ROW, SHORT_COLUMN, SHORT_ROW
 
 PAPER = Paper(
-    "PolyNet: A Pursuit of Structural Diversity in Very Deep Networks", "Zhang, Li, Loy, Lin", 2016, "arXiv:1611.05725"
+    "PolyNet: A Pursuit of Structural Diversity in Very Deep Networks",
+    "Zhang, Li, Loy, Lin",
+    2016,
+    "arXiv:1611.05725",
+    groups=(Group.WIDTH,),
+    in_survey=True,
 )
 
 he = kaiming_uniform("fan_in")
@@ -159,4 +164,11 @@ def polynet(
     )
 
 
-VARIANTS = {"polynet": Variant(polynet, PAPER, image_size=331)}
+VARIANTS = {
+    "polynet": Variant(
+        polynet,
+        PAPER,
+        image_size=331,
+        published=Published(18.71, "top-1 error", "ImageNet", "quoted in arXiv:1709.01507, Table 9"),
+    )
+}

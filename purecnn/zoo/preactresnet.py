@@ -23,9 +23,15 @@ from purecnn.layers import (
     max_pool,
     relu,
 )
-from purecnn.paper import Paper, Variant
+from purecnn.paper import Group, Paper, Published, Variant
 
-PAPER = Paper("Identity Mappings in Deep Residual Networks", "He, Zhang, Ren, Sun", 2016, "arXiv:1603.05027")
+PAPER = Paper(
+    "Identity Mappings in Deep Residual Networks",
+    "He, Zhang, Ren, Sun",
+    2016,
+    "arXiv:1603.05027",
+    groups=(Group.DEPTH, Group.MULTI_PATH),
+)
 
 he = kaiming_normal("fan_in")
 
@@ -104,6 +110,17 @@ def preactresnet_cifar(
 
 
 VARIANTS = {
-    "preactresnet50": Variant(preactresnet, PAPER, {"depths": (3, 4, 6, 3)}),
-    "preactresnet164_cifar": Variant(preactresnet_cifar, PAPER, {"depths": (18, 18, 18)}, 32),
+    "preactresnet50": Variant(
+        preactresnet,
+        PAPER,
+        {"depths": (3, 4, 6, 3)},
+        published=Published(80.41, "top-1 accuracy", "ImageNet", "timm's table, resnetv2_50.a1h_in1k, 224 pixels"),
+    ),
+    "preactresnet164_cifar": Variant(
+        preactresnet_cifar,
+        PAPER,
+        {"depths": (18, 18, 18)},
+        32,
+        published=Published(5.46, "test error", "CIFAR-10", "quoted in arXiv:1605.07146"),
+    ),
 }

@@ -16,9 +16,11 @@ from torch import Tensor
 from purecnn.initializers import kaiming_normal
 from purecnn.layer import Layer, add, numbered, serial
 from purecnn.layers import batch_norm, conv, global_avg_pool, linear, relu, stateless
-from purecnn.paper import Paper, Variant
+from purecnn.paper import Group, Paper, Published, Variant
 
-PAPER = Paper("Deep Pyramidal Residual Networks", "Han, Kim, Kim", 2016, "arXiv:1610.02915")
+PAPER = Paper(
+    "Deep Pyramidal Residual Networks", "Han, Kim, Kim", 2016, "arXiv:1610.02915", groups=(Group.WIDTH,), in_survey=True
+)
 
 he = kaiming_normal("fan_out")
 
@@ -64,4 +66,12 @@ def pyramidnet_cifar(depths: Sequence[int], widening: int, *, num_classes: int =
     return serial(**parts, head=serial(global_avg_pool, linear=linear(num_classes)))
 
 
-VARIANTS = {"pyramidnet110_a48_cifar": Variant(pyramidnet_cifar, PAPER, {"depths": (18, 18, 18), "widening": 48}, 32)}
+VARIANTS = {
+    "pyramidnet110_a48_cifar": Variant(
+        pyramidnet_cifar,
+        PAPER,
+        {"depths": (18, 18, 18), "widening": 48},
+        32,
+        published=Published(4.62, "test error", "CIFAR-10", "authors' repository"),
+    )
+}

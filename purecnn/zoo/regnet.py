@@ -12,7 +12,7 @@ from itertools import groupby
 from purecnn.initializers import normal
 from purecnn.layer import Layer, add, numbered, serial
 from purecnn.layers import conv_norm, global_avg_pool, identity, linear, relu, squeeze_excitation
-from purecnn.paper import Paper, Variant
+from purecnn.paper import Group, Paper, Published, Variant
 from purecnn.zoo.mobilenet_v2 import divisible
 from purecnn.zoo.resnet import he, projection
 
@@ -21,6 +21,7 @@ PAPER = Paper(
     "Radosavovic, Prateek Kosaraju, Girshick, He, Dollar",
     2020,
     "arXiv:2003.13678",
+    groups=(Group.DESIGN,),
 )
 
 
@@ -99,25 +100,28 @@ def regnet(
     )
 
 
-def _variant(depth: int, w0: int, wa: float, wm: float, group_width: int, se_ratio: float) -> Variant:
+def _variant(
+    error: float | None, depth: int, w0: int, wa: float, wm: float, group_width: int, se_ratio: float
+) -> Variant:
     settings = {"depth": depth, "w0": w0, "wa": wa, "wm": wm, "group_width": group_width, "se_ratio": se_ratio}
-    return Variant(regnet, PAPER, settings)
+    published = Published(error, "top-1 error", "ImageNet", "authors' repository") if error is not None else None
+    return Variant(regnet, PAPER, settings, published=published)
 
 
 VARIANTS = {
-    "regnet_x_400mf": _variant(22, 24, 24.48, 2.54, 16, 0.0),
-    "regnet_x_800mf": _variant(16, 56, 35.73, 2.28, 16, 0.0),
-    "regnet_x_1_6gf": _variant(18, 80, 34.01, 2.25, 24, 0.0),
-    "regnet_x_3_2gf": _variant(25, 88, 26.31, 2.25, 48, 0.0),
-    "regnet_x_8gf": _variant(23, 80, 49.56, 2.88, 120, 0.0),
-    "regnet_x_16gf": _variant(22, 216, 55.59, 2.1, 128, 0.0),
-    "regnet_x_32gf": _variant(23, 320, 69.86, 2.0, 168, 0.0),
-    "regnet_y_400mf": _variant(16, 48, 27.89, 2.09, 8, 0.25),
-    "regnet_y_800mf": _variant(14, 56, 38.84, 2.4, 16, 0.25),
-    "regnet_y_1_6gf": _variant(27, 48, 20.71, 2.65, 24, 0.25),
-    "regnet_y_3_2gf": _variant(21, 80, 42.63, 2.66, 24, 0.25),
-    "regnet_y_8gf": _variant(17, 192, 76.82, 2.19, 56, 0.25),
-    "regnet_y_16gf": _variant(18, 200, 106.23, 2.48, 112, 0.25),
-    "regnet_y_32gf": _variant(20, 232, 115.89, 2.53, 232, 0.25),
-    "regnet_y_128gf": _variant(27, 456, 160.83, 2.52, 264, 0.25),
+    "regnet_x_400mf": _variant(27.3, 22, 24, 24.48, 2.54, 16, 0.0),
+    "regnet_x_800mf": _variant(24.8, 16, 56, 35.73, 2.28, 16, 0.0),
+    "regnet_x_1_6gf": _variant(23.0, 18, 80, 34.01, 2.25, 24, 0.0),
+    "regnet_x_3_2gf": _variant(21.7, 25, 88, 26.31, 2.25, 48, 0.0),
+    "regnet_x_8gf": _variant(20.7, 23, 80, 49.56, 2.88, 120, 0.0),
+    "regnet_x_16gf": _variant(20.0, 22, 216, 55.59, 2.1, 128, 0.0),
+    "regnet_x_32gf": _variant(19.5, 23, 320, 69.86, 2.0, 168, 0.0),
+    "regnet_y_400mf": _variant(25.9, 16, 48, 27.89, 2.09, 8, 0.25),
+    "regnet_y_800mf": _variant(23.7, 14, 56, 38.84, 2.4, 16, 0.25),
+    "regnet_y_1_6gf": _variant(22.0, 27, 48, 20.71, 2.65, 24, 0.25),
+    "regnet_y_3_2gf": _variant(21.0, 21, 80, 42.63, 2.66, 24, 0.25),
+    "regnet_y_8gf": _variant(20.1, 17, 192, 76.82, 2.19, 56, 0.25),
+    "regnet_y_16gf": _variant(19.6, 18, 200, 106.23, 2.48, 112, 0.25),
+    "regnet_y_32gf": _variant(19.0, 20, 232, 115.89, 2.53, 232, 0.25),
+    "regnet_y_128gf": _variant(None, 27, 456, 160.83, 2.52, 264, 0.25),
 }

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from purecnn.layer import Layer, Mode, add, named, numbered, serial
 from purecnn.layers import batch_norm, conv, global_avg_pool, identity, linear, max_pool, relu, sigmoid
-from purecnn.paper import Paper, Variant
+from purecnn.paper import Group, Paper, Published, Variant
 from purecnn.tree import Tree
 from purecnn.zoo.preactresnet import bottleneck, he, residual
 
@@ -25,6 +25,8 @@ PAPER = Paper(
     "Wang, Jiang, Qian, Yang, Li, Zhang, Wang, Tang",
     2017,
     "arXiv:1704.06904",
+    groups=(Group.ATTENTION,),
+    in_survey=True,
 )
 
 
@@ -124,4 +126,11 @@ def resattnet(
     return serial(**parts, head=serial(global_avg_pool, linear=linear(num_classes)))
 
 
-VARIANTS = {"resattnet56": Variant(resattnet, PAPER, {"modules": (1, 1, 1)})}
+VARIANTS = {
+    "resattnet56": Variant(
+        resattnet,
+        PAPER,
+        {"modules": (1, 1, 1)},
+        published=Published(21.76, "top-1 error", "ImageNet", "authors' repository, 224 pixels"),
+    )
+}

@@ -20,17 +20,28 @@ from torch import Tensor
 from purecnn.initializers import Initializer, kaiming_normal
 from purecnn.layer import Layer, Mode, add, numbered, serial
 from purecnn.layers import batch_norm, conv, global_avg_pool, linear, max_pool, relu
-from purecnn.paper import Paper, Variant
+from purecnn.paper import Group, Paper, Published, Variant
 from purecnn.tree import Tree
 
-RESNET = Paper("Deep Residual Learning for Image Recognition", "He, Zhang, Ren, Sun", 2015, "arXiv:1512.03385")
+RESNET = Paper(
+    "Deep Residual Learning for Image Recognition",
+    "He, Zhang, Ren, Sun",
+    2015,
+    "arXiv:1512.03385",
+    groups=(Group.DEPTH, Group.MULTI_PATH),
+    in_survey=True,
+)
 RESNEXT = Paper(
     "Aggregated Residual Transformations for Deep Neural Networks",
     "Xie, Girshick, Dollar, Tu, He",
     2016,
     "arXiv:1611.05431",
+    groups=(Group.DEPTH, Group.WIDTH),
+    in_survey=True,
 )
-WIDE = Paper("Wide Residual Networks", "Zagoruyko, Komodakis", 2016, "arXiv:1605.07146")
+WIDE = Paper(
+    "Wide Residual Networks", "Zagoruyko, Komodakis", 2016, "arXiv:1605.07146", groups=(Group.WIDTH,), in_survey=True
+)
 
 he = kaiming_normal("fan_out")
 
@@ -108,8 +119,10 @@ def paper_law(path: str, shape: tuple[int, ...]) -> Initializer | float | None:
     return kaiming_normal("fan_in") if len(shape) == 4 else None
 
 
-def _variant(block: str, *depths: int, paper: Paper = RESNET, **settings: int) -> Variant:
-    return Variant(resnet, paper, {"block": block, "depths": depths, **settings}, paper_law=paper_law)
+def _variant(block: str, *depths: int, paper: Paper = RESNET, error: float | None = None, **settings: int) -> Variant:
+    published = Published(error, "top-1 error", "ImageNet", "authors' repository, one crop") if error else None
+    all_settings = {"block": block, "depths": depths, **settings}
+    return Variant(resnet, paper, all_settings, paper_law=paper_law, published=published)
 
 
 VARIANTS = {
@@ -118,9 +131,9 @@ VARIANTS = {
     "resnet50": _variant("bottleneck", 3, 4, 6, 3),
     "resnet101": _variant("bottleneck", 3, 4, 23, 3),
     "resnet152": _variant("bottleneck", 3, 8, 36, 3),
-    "wide_resnet50_2": _variant("bottleneck", 3, 4, 6, 3, paper=WIDE, width_per_group=128),
+    "wide_resnet50_2": _variant("bottleneck", 3, 4, 6, 3, paper=WIDE, error=21.9, width_per_group=128),
     "wide_resnet101_2": _variant("bottleneck", 3, 4, 23, 3, paper=WIDE, width_per_group=128),
-    "resnext50_32x4d": _variant("bottleneck", 3, 4, 6, 3, paper=RESNEXT, groups=32, width_per_group=4),
+    "resnext50_32x4d": _variant("bottleneck", 3, 4, 6, 3, paper=RESNEXT, error=22.2, groups=32, width_per_group=4),
     "resnext101_32x8d": _variant("bottleneck", 3, 4, 23, 3, paper=RESNEXT, groups=32, width_per_group=8),
-    "resnext101_64x4d": _variant("bottleneck", 3, 4, 23, 3, paper=RESNEXT, groups=64, width_per_group=4),
+    "resnext101_64x4d": _variant("bottleneck", 3, 4, 23, 3, paper=RESNEXT, error=20.4, groups=64, width_per_group=4),
 }

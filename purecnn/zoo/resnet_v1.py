@@ -9,10 +9,11 @@ the branch: see `purecnn.zoo.senet` and `purecnn.zoo.cbam`. No deviations from t
 
 from collections.abc import Callable, Sequence
 
+from purecnn import layers
 from purecnn.initializers import Initializer, kaiming_normal
 from purecnn.layer import Layer, add, numbered, serial
 from purecnn.layers import batch_norm, conv, global_avg_pool, linear, max_pool, relu
-from purecnn.paper import Variant
+from purecnn.paper import Published, Variant
 from purecnn.zoo.resnet import RESNET, projection
 
 he = kaiming_normal("fan_in")
@@ -49,9 +50,31 @@ def stages(block: Callable[[int, int], Layer], depths: Sequence[int]) -> dict[st
     }
 
 
-def stem(init: Initializer = he) -> Layer:
+def stem() -> Layer:
     """Table 1: 7x7 and a pool, each of stride 2."""
-    return serial(conv=conv(64, 7, 2, init=init), norm=batch_norm(), relu=relu, pool=max_pool(3, 2, 1))
+    return serial(conv=conv(64, 7, 2, init=he), norm=batch_norm(), relu=relu, pool=max_pool(3, 2, 1))
+
+
+def network(
+    block: Callable[[int, int], Layer], depths: Sequence[int], *, num_classes: int = 1000, dropout: float = 0.0
+) -> Layer:
+    """Table 1 with blocks of any kind, so that a new residual network is one expression.
+
+    >>> from purecnn.layers import stochastic_depth
+    >>> from purecnn.zoo.senet import excited
+    >>> def seresnext_with_stochastic_depth(w, stride):
+    ...     branch = bottleneck((2 * w, 2 * w, 4 * w), (1, stride), groups=32)
+    ...     return residual(stochastic_depth(excited(branch, 4 * w, 16), 0.2), projection(4 * w, stride))
+    >>> layer = network(seresnext_with_stochastic_depth, (3, 4, 6, 3))
+
+    Args:
+        block: ``block(width, stride)``; it widens to four times the width.
+        depths: blocks in each stage.
+        num_classes: outputs of the head.
+        dropout: rate before the head.
+    """
+    head = serial(global_avg_pool, layers.dropout(dropout), linear=linear(num_classes))
+    return serial(stem=stem(), **stages(block, depths), head=head)
 
 
 def block(width: int, stride: int) -> Layer:
@@ -66,8 +89,14 @@ def resnet_v1(depths: Sequence[int], *, num_classes: int = 1000) -> Layer:
         depths: blocks in each stage.
         num_classes: outputs of the head.
     """
-    head = serial(global_avg_pool, linear=linear(num_classes))
-    return serial(stem=stem(), **stages(block, depths), head=head)
+    return network(block, depths, num_classes=num_classes)
 
 
-VARIANTS = {"resnet50_v1": Variant(resnet_v1, RESNET, {"depths": (3, 4, 6, 3)})}
+VARIANTS = {
+    "resnet50_v1": Variant(
+        resnet_v1,
+        RESNET,
+        {"depths": (3, 4, 6, 3)},
+        published=Published(24.7, "top-1 error", "ImageNet", "authors' repository, one crop"),
+    )
+}

@@ -24,11 +24,18 @@ from purecnn.layers import (
     max_pool,
     squeeze_excitation,
 )
-from purecnn.paper import Paper, Variant
+from purecnn.paper import Group, Paper, Published, Variant
 from purecnn.zoo.resnet import he, projection
-from purecnn.zoo.resnet_v1 import bottleneck, residual, stages, stem
+from purecnn.zoo.resnet_v1 import bottleneck, network, residual, stages
 
-PAPER = Paper("Squeeze-and-Excitation Networks", "Hu, Shen, Albanie, Sun, Wu", 2017, "arXiv:1709.01507")
+PAPER = Paper(
+    "Squeeze-and-Excitation Networks",
+    "Hu, Shen, Albanie, Sun, Wu",
+    2017,
+    "arXiv:1709.01507",
+    groups=(Group.FEATURE_MAPS,),
+    in_survey=True,
+)
 
 
 def excited(branch: Layer, width: int, reduction: int) -> Layer:
@@ -61,8 +68,7 @@ def seresnet(
         branch = bottleneck((inner, inner, 4 * width), (1, stride), groups=groups, init=he)
         return residual(excited(branch, 4 * width, reduction), projection(4 * width, stride))
 
-    head = serial(global_avg_pool, layers.dropout(dropout), linear=linear(num_classes))
-    return serial(stem=stem(he), **stages(block, depths), head=head)
+    return network(block, depths, num_classes=num_classes, dropout=dropout)
 
 
 def senet(
@@ -99,7 +105,22 @@ def senet(
 
 
 VARIANTS = {
-    "seresnet50": Variant(seresnet, PAPER, {"depths": (3, 4, 6, 3)}),
-    "seresnext50_32x4d": Variant(seresnet, PAPER, {"depths": (3, 4, 6, 3), "groups": 32, "width_per_group": 4}),
-    "senet154": Variant(senet, PAPER, {"depths": (3, 8, 36, 3)}),
+    "seresnet50": Variant(
+        seresnet,
+        PAPER,
+        {"depths": (3, 4, 6, 3)},
+        published=Published(23.29, "top-1 error", "ImageNet", "Table 2, one crop"),
+    ),
+    "seresnext50_32x4d": Variant(
+        seresnet,
+        PAPER,
+        {"depths": (3, 4, 6, 3), "groups": 32, "width_per_group": 4},
+        published=Published(21.1, "top-1 error", "ImageNet", "Table 2, one crop"),
+    ),
+    "senet154": Variant(
+        senet,
+        PAPER,
+        {"depths": (3, 8, 36, 3)},
+        published=Published(18.68, "top-1 error", "ImageNet", "Table 8, one crop, 224 pixels"),
+    ),
 }

@@ -14,13 +14,14 @@ from einops import rearrange
 
 from purecnn.layer import Layer, add, concat, numbered, serial
 from purecnn.layers import avg_pool, conv_norm, global_avg_pool, identity, linear, max_pool, relu, stateless
-from purecnn.paper import Paper, Variant
+from purecnn.paper import Group, Paper, Published, Variant
 
 PAPER = Paper(
     "ShuffleNet: An Extremely Efficient Convolutional Neural Network for Mobile Devices",
     "Zhang, Zhou, Lin, Sun",
     2017,
     "arXiv:1707.01083",
+    groups=(Group.MOBILE,),
 )
 
 
@@ -75,4 +76,11 @@ def shufflenet_v1(
     return serial(**parts, head=serial(global_avg_pool, linear=linear(num_classes)))
 
 
-VARIANTS = {"shufflenet_g3": Variant(shufflenet_v1, PAPER, {"groups": 3, "widths": (240, 480, 960)})}
+VARIANTS = {
+    "shufflenet_g3": Variant(
+        shufflenet_v1,
+        PAPER,
+        {"groups": 3, "widths": (240, 480, 960)},
+        published=Published(32.6, "top-1 error", "ImageNet", "quoted in arXiv:1709.01507, Table 3"),
+    )
+}

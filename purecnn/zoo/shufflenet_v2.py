@@ -10,13 +10,14 @@ from einops import rearrange
 
 from purecnn.layer import Layer, concat, numbered, serial
 from purecnn.layers import conv_norm, global_avg_pool, identity, linear, max_pool, stateless
-from purecnn.paper import Paper, Variant
+from purecnn.paper import Group, Paper, Published, Variant
 
 PAPER = Paper(
     "ShuffleNet V2: Practical Guidelines for Efficient CNN Architecture Design",
     "Ma, Zhang, Zheng, Sun",
     2018,
     "arXiv:1807.11164",
+    groups=(Group.MOBILE,),
 )
 
 shuffle = stateless(lambda x: rearrange(x, "b (half c) h w -> b (c half) h w", half=2))
@@ -74,8 +75,28 @@ def shufflenet_v2(
 
 
 VARIANTS = {
-    "shufflenet_v2_x0_5": Variant(shufflenet_v2, PAPER, {"widths": (48, 96, 192, 1024)}),
-    "shufflenet_v2_x1_0": Variant(shufflenet_v2, PAPER, {"widths": (116, 232, 464, 1024)}),
-    "shufflenet_v2_x1_5": Variant(shufflenet_v2, PAPER, {"widths": (176, 352, 704, 1024)}),
-    "shufflenet_v2_x2_0": Variant(shufflenet_v2, PAPER, {"widths": (244, 488, 976, 2048)}),
+    "shufflenet_v2_x0_5": Variant(
+        shufflenet_v2,
+        PAPER,
+        {"widths": (48, 96, 192, 1024)},
+        published=Published(38.9, "top-1 error", "ImageNet", "authors' repository"),
+    ),
+    "shufflenet_v2_x1_0": Variant(
+        shufflenet_v2,
+        PAPER,
+        {"widths": (116, 232, 464, 1024)},
+        published=Published(30.6, "top-1 error", "ImageNet", "authors' repository"),
+    ),
+    "shufflenet_v2_x1_5": Variant(
+        shufflenet_v2,
+        PAPER,
+        {"widths": (176, 352, 704, 1024)},
+        published=Published(27.4, "top-1 error", "ImageNet", "authors' repository"),
+    ),
+    "shufflenet_v2_x2_0": Variant(
+        shufflenet_v2,
+        PAPER,
+        {"widths": (244, 488, 976, 2048)},
+        published=Published(25.0, "top-1 error", "ImageNet", "authors' repository"),
+    ),
 }

@@ -14,13 +14,14 @@ from purecnn import layers
 from purecnn.initializers import kaiming_uniform, normal
 from purecnn.layer import Layer, concat, numbered, serial
 from purecnn.layers import conv, global_avg_pool, max_pool, relu
-from purecnn.paper import Paper, Variant
+from purecnn.paper import Group, Paper, Published, Variant
 
 PAPER = Paper(
     "SqueezeNet: AlexNet-level accuracy with 50x fewer parameters and <0.5MB model size",
     "Iandola, Han, Moskewicz, Ashraf, Dally, Keutzer",
     2016,
     "arXiv:1602.07360",
+    groups=(Group.MOBILE,),
 )
 
 he = kaiming_uniform("fan_in")
@@ -76,6 +77,11 @@ def squeezenet(
 
 
 VARIANTS = {
-    "squeezenet1_0": Variant(squeezenet, PAPER, {"stem_width": 96, "stem_kernel": 7, "depths": (3, 4, 1)}),
+    "squeezenet1_0": Variant(
+        squeezenet,
+        PAPER,
+        {"stem_width": 96, "stem_kernel": 7, "depths": (3, 4, 1)},
+        published=Published(57.5, "top-1 accuracy", "ImageNet", "the paper, uncompressed"),
+    ),
     "squeezenet1_1": Variant(squeezenet, PAPER, {"stem_width": 64, "stem_kernel": 3, "depths": (2, 2, 4)}),
 }

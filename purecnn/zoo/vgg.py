@@ -15,13 +15,15 @@ from purecnn import layers
 from purecnn.initializers import Initializer, kaiming_normal, normal
 from purecnn.layer import Layer, serial
 from purecnn.layers import adaptive_avg_pool, conv, flatten, linear, max_pool, relu
-from purecnn.paper import Paper, Variant
+from purecnn.paper import Group, Paper, Published, Variant
 
 PAPER = Paper(
     "Very Deep Convolutional Networks for Large-Scale Image Recognition",
     "Simonyan, Zisserman",
     2014,
     "arXiv:1409.1556",
+    groups=(Group.SPATIAL,),
+    in_survey=True,
 )
 
 he = kaiming_normal("fan_out")
@@ -76,8 +78,22 @@ def paper_law(path: str, shape: tuple[int, ...]) -> Initializer | float | None:
 
 DEPTHS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
 
+
+def one_scale(error: float) -> Published:
+    """A result of Table 3: the best of a configuration that is tested at one scale."""
+    return Published(error, "top-1 error", "ImageNet", "Table 3, one scale")
+
+
+ERRORS = {11: 29.6, 13: 28.7, 16: 25.6, 19: 25.5}
+
 VARIANTS = {
-    f"vgg{number}{suffix}": Variant(vgg, PAPER, {"depths": depths, "batch_norm": bool(suffix)}, paper_law=paper_law)
+    f"vgg{number}{suffix}": Variant(
+        vgg,
+        PAPER,
+        {"depths": depths, "batch_norm": bool(suffix)},
+        paper_law=paper_law,
+        published=None if suffix else one_scale(ERRORS[number]),
+    )
     for number, depths in DEPTHS.items()
     for suffix in ("", "_bn")
 }

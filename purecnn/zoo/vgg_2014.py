@@ -18,7 +18,7 @@ from purecnn.layer import Layer, serial
 from purecnn.layers import adaptive_avg_pool, conv, flatten, linear, max_pool, relu
 from purecnn.paper import Variant
 from purecnn.zoo.alexnet_2012 import local_response_norm
-from purecnn.zoo.vgg import PAPER, gauss, he, paper_law
+from purecnn.zoo.vgg import PAPER, gauss, he, one_scale, paper_law
 
 
 def block(width: int, kernels: Sequence[int], lrn: bool) -> Layer:
@@ -70,6 +70,6 @@ A = ((3,), (3,), (3, 3), (3, 3), (3, 3))
 C = ((3, 3), (3, 3), (3, 3, 1), (3, 3, 1), (3, 3, 1))
 
 VARIANTS = {
-    "vgg11_lrn": Variant(vgg_2014, PAPER, {"kernels": A, "lrn": True}, paper_law=paper_law),
-    "vgg16_1x1": Variant(vgg_2014, PAPER, {"kernels": C}, paper_law=paper_law),
+    "vgg11_lrn": Variant(vgg_2014, PAPER, {"kernels": A, "lrn": True}, paper_law=paper_law, published=one_scale(29.7)),
+    "vgg16_1x1": Variant(vgg_2014, PAPER, {"kernels": C}, paper_law=paper_law, published=one_scale(27.3)),
 }

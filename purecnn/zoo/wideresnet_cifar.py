@@ -13,7 +13,7 @@ from functools import partial
 from purecnn import layers
 from purecnn.layer import Layer, serial
 from purecnn.layers import batch_norm, conv, global_avg_pool, linear, relu
-from purecnn.paper import Variant
+from purecnn.paper import Published, Variant
 from purecnn.zoo.preactresnet import he, stages
 from purecnn.zoo.resnet import WIDE
 
@@ -52,6 +52,12 @@ def wideresnet_cifar(
 
 
 VARIANTS = {
-    f"wideresnet{6 * n + 4}_{k}_cifar": Variant(wideresnet_cifar, WIDE, {"depths": (n, n, n), "width": k}, 32)
-    for n, k in ((4, 10), (6, 4))
+    f"wideresnet{6 * n + 4}_{k}_cifar": Variant(
+        wideresnet_cifar,
+        WIDE,
+        {"depths": (n, n, n), "width": k},
+        32,
+        published=Published(error, "test error", "CIFAR-10", "without dropout, median of five"),
+    )
+    for n, k, error in ((4, 10, 4.00), (6, 4, 4.53))
 }

@@ -14,10 +14,17 @@ from itertools import pairwise
 from purecnn import layers
 from purecnn.layer import Layer, add, numbered, serial
 from purecnn.layers import batch_norm, conv, conv_norm, global_avg_pool, linear, max_pool, relu
-from purecnn.paper import Paper, Variant
+from purecnn.paper import Group, Paper, Published, Variant
 from purecnn.zoo.resnet import he, projection
 
-PAPER = Paper("Xception: Deep Learning with Depthwise Separable Convolutions", "Chollet", 2016, "arXiv:1610.02357")
+PAPER = Paper(
+    "Xception: Deep Learning with Depthwise Separable Convolutions",
+    "Chollet",
+    2016,
+    "arXiv:1610.02357",
+    groups=(Group.WIDTH,),
+    in_survey=True,
+)
 
 
 def separable(inputs: int, width: int) -> Layer:
@@ -80,4 +87,16 @@ def xception(
     return serial(**parts, head=serial(global_avg_pool, layers.dropout(dropout), linear=linear(num_classes)))
 
 
-VARIANTS = {"xception": Variant(xception, PAPER, image_size=299)}
+VARIANTS = {
+    "xception": Variant(
+        xception,
+        PAPER,
+        image_size=299,
+        published=Published(
+            79.0,
+            "top-1 accuracy",
+            "ImageNet",
+            "author's weights in Keras, one crop",
+        ),
+    )
+}

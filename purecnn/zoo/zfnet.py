@@ -6,6 +6,9 @@ What it added: a deconvolutional network shows what excites a feature map. Seen 
 filters and aliases; hence smaller kernels and strides there, 7x7 by two instead of 11x11 by four. One tower, so no
 groups. 62,357,608 parameters; the variant with wider last convolutions has 107,627,624.
 
+The paper says "all weights are initialized to 10^-2"; equal weights would stay equal, so that is read as AlexNet's
+deviation of a normal distribution. Biases are zero, as it says.
+
 Deviations from the paper, pytorchcv's: normalisation is across channels as in AlexNet, but alpha multiplies the mean
 of the squares; the first convolution pads one pixel, the second none, and the pools' last window reaches over the
 border.
@@ -15,10 +18,17 @@ from collections.abc import Sequence
 
 from purecnn.layer import Layer, serial
 from purecnn.layers import conv, linear, max_pool, relu
-from purecnn.paper import Paper, Variant
+from purecnn.paper import Group, Paper, Published, Variant
 from purecnn.zoo.alexnet_2012 import gauss, hidden, local_response_norm
 
-PAPER = Paper("Visualizing and Understanding Convolutional Networks", "Zeiler, Fergus", 2013, "arXiv:1311.2901")
+PAPER = Paper(
+    "Visualizing and Understanding Convolutional Networks",
+    "Zeiler, Fergus",
+    2013,
+    "arXiv:1311.2901",
+    groups=(Group.SPATIAL,),
+    in_survey=True,
+)
 
 
 def zfnet(
@@ -55,6 +65,11 @@ def zfnet(
 
 
 VARIANTS = {
-    "zfnet": Variant(zfnet, PAPER),
-    "zfnetb": Variant(zfnet, PAPER, {"widths": (96, 256, 512, 1024, 512)}),
+    "zfnet": Variant(zfnet, PAPER, published=Published(38.4, "top-1 error", "ImageNet", "Table 2, one network")),
+    "zfnetb": Variant(
+        zfnet,
+        PAPER,
+        {"widths": (96, 256, 512, 1024, 512)},
+        published=Published(37.5, "top-1 error", "ImageNet", "Table 2, one network"),
+    ),
 }

@@ -1,0 +1,68 @@
+"""Arguments that commands share, and their checks: a wrong name is misuse of the command line."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+import purecnn
+from converters import sources
+from purecnn import data
+from purecnn.data import DataError
+from purecnn.model import UnknownModelError
+
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A name of `purecnn list`.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+Data = Annotated[
+    str, typer.Option("--data", help=f"{', '.join(data.names())}, or a folder with train/ and val/ and class folders.")
+]
+Root = Annotated[Path | None, typer.Option(help="Where data sets are downloaded to.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out files that are no pictures.")]
+Workers = Annotated[int, typer.Option(min=0, help="Processes that read pictures.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...; by default a GPU if there is one.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Pictures in a batch.")]
+
+
+def create(name: str, **settings: Any) -> purecnn.Model:
+    """As `purecnn.create`; an unknown name is misuse of the command line."""
+    try:
+        return purecnn.create(name, **settings)
+    except UnknownModelError as error:
+        raise typer.BadParameter(str(error), param_hint="MODEL") from None
+
+
+def load_data(name: str, root: Path | None, skip_bad: bool, like: str | None = None) -> data.DataSet:
+    """As `purecnn.data.load`; an unknown name is misuse of the command line."""
+    try:
+        return data.load(name, root=root, skip_bad=skip_bad, like=like)
+    except DataError as error:
+        if name in data.names() or Path(name).expanduser().is_dir():
+            raise
+        raise typer.BadParameter(str(error), param_hint="--data") from None
+
+
+def existing(path: Path) -> Path:
+    """A file that should be there; a wrong name is misuse of the command line."""
+    if not path.is_file():
+        raise typer.BadParameter(f"{path} does not exist", param_hint="FILE")
+    return path
+
+
+def load_source(source: str, name: str | None) -> sources.Source:
+    """As `converters.sources.load`, with names checked as arguments."""
+    if name is not None:
+        create(name)
+    if Path(source).suffix:
+        existing(Path(source))
+    return sources.load(source, name)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise typer.BadParameter(str(error).partition("\n")[0], param_hint="--device") from None

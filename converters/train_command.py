@@ -1,0 +1,250 @@
+"""The command ``purecnn train``: from words to `converters.options.Options`, and what is seen on the way."""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from converters import run
+from converters.arguments import (
+    AsJson,
+    BatchSize,
+    Data,
+    Device,
+    ModelName,
+    Root,
+    SkipBad,
+    Workers,
+    create,
+    load_data,
+    load_source,
+    pick_device,
+)
+from converters.options import OptimizerName, Options, PrecisionName, ScheduleName
+from converters.screen import notes, print_json, screen
+from purecnn import distributed
+
+
+def train(
+    model: ModelName,
+    data_name: Data = "digits",
+    like: Annotated[
+        str | None,
+        typer.Option(help="Prepare and vary a folder's pictures as cifar10's, mnist's ...; else as photographs."),
+    ] = None,
+    source: Annotated[
+        str | None,
+        typer.Option("--from", help="Weights to begin with: a checkpoint, a file in torchvision's names, or DEFAULT."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; by default a new one in runs/.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, if there is one.")] = False,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Times through the data; by default 10, or 30 without --from.")
+    ] = None,
+    batch_size: BatchSize = 32,
+    optimizer: Annotated[OptimizerName, typer.Option(help="Update rule.")] = OptimizerName.adamw,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option("--learning-rate", "--lr", min=0, help="At its peak; by default 0.002, with --from 0.00005."),
+    ] = None,
+    schedule: Annotated[ScheduleName, typer.Option(help="Course of the learning rate.")] = ScheduleName.cosine,
+    warmup: Annotated[int, typer.Option(min=0, help="First epochs, in which the learning rate rises.")] = 0,
+    momentum: Annotated[float, typer.Option(min=0, max=1, help="Of sgd, rmsprop, lars and muon.")] = 0.9,
+    weight_decay: Annotated[float, typer.Option(min=0, help="Not applied to biases and normalisation.")] = 1e-4,
+    clip: Annotated[float | None, typer.Option(min=0, help="Scale gradients of a larger norm down to it.")] = None,
+    label_smoothing: Annotated[float, typer.Option(min=0, max=1, help="0.1 is usual for ImageNet.")] = 0.0,
+    mixup: Annotated[float | None, typer.Option(min=0, help="Mix pictures; alpha of the beta distribution.")] = None,
+    cutmix: Annotated[float | None, typer.Option(min=0, help="Paste pictures into others; alpha likewise.")] = None,
+    average: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Keep and evaluate a moving average of this memory: 0.999.")
+    ] = None,
+    head_epochs: Annotated[
+        int | None,
+        typer.Option(min=0, help="First epochs, that train the head alone; by default a third of all with --from."),
+    ] = None,
+    stage_epochs: Annotated[
+        int, typer.Option(min=0, help="Then let one more stage join every so many epochs, the last stage first.")
+    ] = 0,
+    stage_decay: Annotated[
+        float, typer.Option(min=0, max=1, help="Each stage's learning rate, as a share of the next stage's.")
+    ] = 1.0,
+    accumulate: Annotated[int, typer.Option(min=1, help="Parts of a batch that are worked through in turn.")] = 1,
+    precision: Annotated[PrecisionName, typer.Option(help="Numbers to compute with.")] = PrecisionName.float32,
+    channels_last: Annotated[bool, typer.Option("--channels-last", help="Layout of images in memory.")] = False,
+    remat: Annotated[bool, typer.Option("--remat", help="Less memory: compute twice what blocks have inside.")] = False,
+    image_size: Annotated[int | None, typer.Option(min=1, help="Side of the images, pixels.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of all that is random.")] = 0,
+    root: Root = None,
+    skip_bad: SkipBad = False,
+    workers: Workers = 0,
+    device: Device = "auto",
+    compile: Annotated[bool | None, typer.Option("--compile/--no-compile", help="By default on a GPU.")] = None,
+    synchronize: Annotated[
+        bool, typer.Option("--synchronize", help="Batch normalisation over all processes of torchrun.")
+    ] = False,
+    checkpoint_every: Annotated[
+        float, typer.Option(min=0, help="Seconds after which to write where the run stands, besides each epoch.")
+    ] = 60.0,
+    keep: Annotated[int, typer.Option(min=1, help="How many of these files to keep.")] = 1,
+    events: Annotated[bool, typer.Option("--tensorboard", help="Write events for TensorBoard, too.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a network, from scratch or from weights; the run leaves a folder with all that it found.
+
+    Under torchrun all processes train together: torchrun --nproc-per-node 2 -m converters.cli train ... --out FOLDER
+    --resume. Interrupted, a run writes where it stands and stops; --resume goes on bit for bit.
+    """
+    if epochs is None:
+        epochs = 30 if source is None else 10
+    with process_group(device) as where:
+        options = Options(
+            model=model,
+            data=data_name,
+            like=like,
+            source=source,
+            epochs=epochs,
+            batch_size=batch_size,
+            optimizer=optimizer,
+            learning_rate=learning_rate if learning_rate is not None else (2e-3 if source is None else 5e-5),
+            schedule=schedule,
+            warmup=warmup,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            clip=clip,
+            label_smoothing=label_smoothing,
+            mixup=mixup,
+            cutmix=cutmix,
+            average=average,
+            head_epochs=head_epochs if head_epochs is not None else (0 if source is None else -(-epochs // 3)),
+            stage_epochs=stage_epochs,
+            stage_decay=stage_decay,
+            accumulate=accumulate,
+            precision=precision,
+            channels_last=channels_last,
+            remat=remat,
+            image_size=image_size,
+            seed=seed,
+            root=None if root is None else str(root),
+            skip_bad=skip_bad,
+            workers=workers,
+            device=str(where),
+            compile=compile,
+            synchronize=synchronize,
+        )
+        folder = _run_folder(options, out, resume)
+        create(model)
+        dataset = load_data(data_name, root, skip_bad, like)
+        weights = None if source is None else load_source(source, model)
+        speaks = notes.is_terminal and distributed.rank() == 0
+        with (
+            Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[last]}"),
+                console=notes,
+                disable=not speaks,
+            ) as progress,
+            asked_to_stop() as stop,
+        ):
+            task = progress.add_task("training", total=None, last="")
+
+            def on_epoch(row: dict[str, Any]) -> None:
+                if speaks:
+                    progress.update(task, last=f"accuracy {row['test_accuracy']:.2%}")
+                elif distributed.rank() == 0:
+                    notes.print(_line(row))
+
+            hooks = run.Hooks(
+                lambda done, total: progress.update(task, completed=done, total=total), on_epoch, lambda: bool(stop)
+            )
+            result = run.train(
+                options, dataset, weights, folder, hooks, every=checkpoint_every, keep=keep, events=events
+            )
+        if distributed.rank() == 0:
+            _tell(result, options, folder, len(dataset.skipped), as_json)
+    if result.stopped:
+        raise typer.Exit(128 + stop[0])
+
+
+def _run_folder(options: Options, out: Path | None, resume: bool) -> Path:
+    """Where the run goes; nothing is overwritten."""
+    if out is None:
+        if resume or distributed.world_size() > 1:
+            raise typer.BadParameter("a run of many processes, or to go on with, needs its folder", param_hint="--out")
+        return run.new_folder(options)
+    if resume:
+        run.check_resumable(options, out)
+    elif out.is_dir() and any(out.iterdir()):
+        raise typer.BadParameter(
+            f"{out} is not empty: nothing is overwritten; --resume goes on with it", param_hint="--out"
+        )
+    return out
+
+
+@contextmanager
+def process_group(device: str) -> Iterator[torch.device]:
+    """Join the processes that torchrun has started, if it has; gives the device to work on."""
+    where = pick_device(device)
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield where
+        return
+    if where.type == "cuda":
+        where = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(where)
+    torch.distributed.init_process_group("nccl" if where.type == "cuda" else "gloo")
+    try:
+        yield where
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def asked_to_stop() -> Iterator[list[int]]:
+    """Collects the signals that ask the program to stop, instead of stopping it; a second one stops it."""
+    found: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if found:
+            raise KeyboardInterrupt
+        found.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield found
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _tell(result: run.Outcome, options: Options, folder: Path, skipped: int, as_json: bool) -> None:
+    """What came out."""
+    best = result.best
+    if as_json:
+        facts = {"folder": str(folder), "stopped": result.stopped, "seconds": result.seconds, "skipped": skipped}
+        print_json({**(best or {}), "epochs": options.epochs, **facts})
+        return
+    if best is not None:
+        screen.print(
+            f"{options.model} on {options.data}: test accuracy {best['test_accuracy']:.2%} after epoch "
+            f"{best['epoch']}, the best of {result.epochs}; {result.seconds:.0f} s of training"
+        )
+    if result.stopped:
+        screen.print(f"stopped; the same command with --out {folder} --resume goes on bit for bit")
+    screen.print(f"everything is in {folder}{'/' if not str(folder).endswith('/') else ''}")
+    if skipped:
+        screen.print(f"{skipped} files were no pictures and left out; config.json names them")
+
+
+def _line(row: dict[str, Any]) -> str:
+    return (
+        f"epoch {row['epoch']}: train loss {row['train_loss']:.4f}, accuracy {row['train_accuracy']:.2%}; "
+        f"test loss {row['test_loss']:.4f}, accuracy {row['test_accuracy']:.2%}"
+    )

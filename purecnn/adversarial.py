@@ -1,0 +1,146 @@
+"""Adversarial images: the smallest changes that do the most harm.
+
+    attacked = pgd(model, params, state, x, labels, epsilon=0.1, step_size=0.02, steps=10, key=random.key(0))
+
+The network is in evaluation mode. Both functions climb the loss of the true class or, ``targeted``, descend that of
+a class one wishes for. They return images; for adversarial training, call them outside of what is differentiated.
+"""
+
+from typing import Literal, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import grad
+
+from purecnn import random
+from purecnn.model import Model
+from purecnn.tree import Tree
+
+__all__ = ["Bounds", "fgsm", "pgd"]
+
+Bounds: TypeAlias = tuple[float | Tensor, float | Tensor]
+"""Black and white. Of normalised images they differ by channel: tensors (channels, 1, 1)."""
+
+
+def fgsm(
+    model: Model,
+    params: Tree,
+    state: Tree,
+    x: Tensor,
+    labels: Tensor,
+    *,
+    epsilon: float | Tensor,
+    bounds: Bounds | None = None,
+    targeted: bool = False,
+) -> Tensor:
+    """The fast gradient sign method, ``x + epsilon * sign(d loss / d x)``: one step of `pgd`.
+
+    Goodfellow et al. 2014, arXiv:1412.6572, section 4.
+
+    Args:
+        model, params, state, x, labels, epsilon, bounds, targeted: see `pgd`.
+
+    >>> import purecnn
+    >>> model = purecnn.create("lenet5")
+    >>> params, state = model.init(random.key(0))
+    >>> x, labels = random.uniform(random.key(1), (2, 1, 32, 32)), torch.tensor([3, 8])
+    >>> attacked = fgsm(model, params, state, x, labels, epsilon=0.1, bounds=(0, 1))
+    >>> bool(((attacked - x).abs() <= 0.1 + 1e-6).all())
+    True
+    """
+    return pgd(
+        model, params, state, x, labels, epsilon=epsilon, step_size=epsilon, steps=1, bounds=bounds, targeted=targeted
+    )
+
+
+def pgd(
+    model: Model,
+    params: Tree,
+    state: Tree,
+    x: Tensor,
+    labels: Tensor,
+    *,
+    epsilon: float | Tensor,
+    step_size: float | Tensor,
+    steps: int,
+    norm: Literal["inf", "2"] = "inf",
+    bounds: Bounds | None = None,
+    key: Tensor | None = None,
+    targeted: bool = False,
+) -> Tensor:
+    """Projected gradient descent: steps up the loss, each brought back to where the change is small enough.
+
+    Madry et al. 2017, arXiv:1706.06083, section 2.1. The loss is the network's own (`Model.loss`), else cross-entropy.
+
+    Args:
+        model, params, state: the network.
+        x: images (batch, channels, height, width), within the bounds.
+        labels: the true classes (batch,), int64; with ``targeted`` those to be taken for.
+        epsilon: the largest change, in units of ``x``: of any pixel, or the Euclidean norm of an image's. A tensor that
+            broadcasts to ``x`` sets it by image (batch, 1, 1, 1) or, of pixels, by channel (channels, 1, 1): for images
+            normalised by ``std``, a change of ``e`` of the pixels is ``e / std[:, None, None]``.
+        step_size: likewise, of one step.
+        steps: number of steps.
+        norm: ``"inf"``: a step is ``step_size * sign(gradient)``; ``"2"``: ``step_size * gradient / |gradient|``.
+        bounds: what no pixel exceeds; by default there are none.
+        key: of a random start, uniform among all allowed changes; by default the start is ``x``.
+        targeted: descend instead of climb.
+
+    Returns:
+        Images like ``x``.
+
+    >>> import purecnn
+    >>> model = purecnn.create("lenet5")
+    >>> params, state = model.init(random.key(0))
+    >>> x, labels = random.uniform(random.key(1), (2, 1, 32, 32)), torch.tensor([3, 8])
+    >>> attacked = pgd(model, params, state, x, labels, epsilon=1.0, step_size=0.5, steps=5, norm="2")
+    >>> bool(((attacked - x).flatten(1).norm(dim=1) <= 1 + 1e-5).all())
+    True
+    """
+    if norm not in ("inf", "2"):
+        raise ValueError(f"norm is 'inf' or '2', found {norm!r}")
+    if steps < 1:
+        raise ValueError(f"steps is at least 1, found {steps}")
+    if isinstance(epsilon, (int, float)) and epsilon < 0:
+        raise ValueError(f"epsilon is at least 0, found {epsilon}")
+    limit, size = _like(epsilon, x), _like(step_size, x) * (-1 if targeted else 1)
+    criterion = model.loss or F.cross_entropy
+
+    def loss(x: Tensor) -> Tensor:
+        return len(x) * criterion(model.apply(params, state, x)[0], labels)  # the sum: an image's step is its own
+
+    def project(change: Tensor) -> Tensor:
+        """The nearest allowed image."""
+        if norm == "inf":
+            change = change.clamp(-limit, limit)
+        else:
+            length = _length(change)
+            change = torch.where(length > limit, change * (limit / length), change)
+        return x + change if bounds is None else (x + change).clamp(*(_like(bound, x) for bound in bounds))
+
+    attacked = x if key is None else project(limit * _start(key, x, norm))
+    for _ in range(steps):
+        gradient = grad(loss)(attacked)
+        step = gradient.sign() if norm == "inf" else gradient / _length(gradient)
+        attacked = project(attacked - x + size * step)
+    return attacked
+
+
+def _like(value: float | Tensor, x: Tensor) -> Tensor:
+    return torch.as_tensor(value, dtype=x.dtype, device=x.device)
+
+
+def _length(x: Tensor) -> Tensor:
+    """Of each image, the Euclidean norm, never 0: (batch, 1, 1, 1)."""
+    return torch.linalg.vector_norm(x, dim=(1, 2, 3), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+
+
+def _start(key: Tensor, x: Tensor, norm: str) -> Tensor:
+    """A change, uniform among those of norm at most 1."""
+    if norm == "inf":
+        return random.uniform(key, x.shape, dtype=x.dtype) * 2 - 1
+    direction_key, radius_key = random.split(key)
+    direction = random.normal(direction_key, x.shape, dtype=x.dtype)
+    radius = random.uniform(radius_key, (len(x), 1, 1, 1), dtype=x.dtype) ** (1 / x[0].numel())
+    return radius * direction / _length(direction)

@@ -1,0 +1,100 @@
+"""Augmentation of whole batches as pure functions, for images that are in memory as bytes.
+
+    augment = chain(crop(4), flip, normalize(mean, std))
+    step = make_step(model, optimizer, augment=augment)      # part of the step, and compiled with it
+
+`purecnn.data` varies pictures one by one as they are read, which is what photographs need. These run where the images
+are, on a GPU too.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from purecnn import random
+
+__all__ = ["Augment", "chain", "crop", "cutout", "flip", "normalize"]
+
+Augment = Callable[[Tensor, Tensor], Tensor]
+"""``augment(images, key) -> images``: (batch, channels, height, width)."""
+
+
+def chain(*steps: Augment) -> Augment:
+    """One after the other, each with a key of its own."""
+
+    def augment(images: Tensor, key: Tensor) -> Tensor:
+        for i, step in enumerate(steps):
+            images = step(images, random.fold_in(key, i))
+        return images
+
+    return augment
+
+
+def flip(images: Tensor, key: Tensor) -> Tensor:
+    """Half of the images mirrored left to right.
+
+    >>> images = torch.arange(4.0).reshape(2, 1, 1, 2)
+    >>> flip(images, random.key(1)).flatten(1).tolist()
+    [[1.0, 0.0], [2.0, 3.0]]
+    """
+    mirrored = random.bernoulli(key, 0.5, (images.shape[0],))
+    return torch.where(rearrange(mirrored, "b -> b 1 1 1"), images.flip(-1), images)
+
+
+def crop(padding: int, mode: str = "constant") -> Augment:
+    """A window of the image's size at a random place of the padded image (He et al., arXiv:1512.03385, section 4.2).
+
+    Args:
+        padding: pixels on each side.
+        mode: what they are: ``"constant"`` for zeros, ``"reflect"`` for the image mirrored.
+    """
+
+    def augment(images: Tensor, key: Tensor) -> Tensor:
+        batch, _, height, width = images.shape
+        # Reflection is not there for bytes, and these numbers are exact.
+        wide = F.pad(images.float(), (padding,) * 4, mode=mode).to(images.dtype)
+        top, left = (_integers(random.fold_in(key, i), batch, 2 * padding + 1) for i in range(2))
+        rows = rearrange(top, "b -> b 1 1 1") + torch.arange(height, device=images.device)[:, None]
+        columns = rearrange(left, "b -> b 1 1 1") + torch.arange(width, device=images.device)
+        wide = torch.take_along_dim(wide, rows, 2)
+        return torch.take_along_dim(wide, columns, 3)
+
+    return augment
+
+
+def cutout(size: int) -> Augment:
+    """A square of zeros with its middle anywhere in the image (DeVries and Taylor, arXiv:1708.04552)."""
+
+    def augment(images: Tensor, key: Tensor) -> Tensor:
+        batch, _, *sides = images.shape
+        inside = [
+            (
+                torch.arange(side, device=images.device)
+                - _integers(random.fold_in(key, i), batch, side)[:, None]
+                + size // 2
+            )
+            for i, side in enumerate(sides)
+        ]
+        rows, columns = ((place >= 0) & (place < size) for place in inside)
+        hidden = rearrange(rows, "b h -> b 1 h 1") & rearrange(columns, "b w -> b 1 1 w")
+        return images.masked_fill(hidden, 0)
+
+    return augment
+
+
+def normalize(mean: Sequence[float], std: Sequence[float]) -> Augment:
+    """From bytes to ``(byte / 255 - mean) / std``, float32; it draws nothing."""
+
+    def augment(images: Tensor, key: Tensor) -> Tensor:
+        m, s = (torch.tensor(each, device=images.device)[:, None, None] for each in (mean, std))
+        return (images.float() / 255 - m) / s
+
+    return augment
+
+
+def _integers(key: Tensor, count: int, below: int) -> Tensor:
+    """Each from 0 to ``below - 1``, equally likely."""
+    return (random.uniform(key, (count,)) * below).to(torch.int64).clamp(max=below - 1)

@@ -1,0 +1,164 @@
+"""Convolution, and how it runs where ``vmap`` maps over its weights.
+
+Torch turns the convolutions of an ensemble's members into one convolution with a group for each member, and their
+derivatives likewise. Mostly that is good. There are two exceptions. Images of one pixel are a matrix, so theirs is a
+product of matrices. And where torch has no fast kernel for the groups, members are convolved one after the other. See
+``docs/ensembles.md`` for figures.
+"""
+
+import functools
+import math
+import operator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._C import _functorch
+from torch.nn.grad import conv2d_input, conv2d_weight
+
+__all__ = ["conv2d"]
+
+MANY_PIXELS = 1 << 15
+"""Numbers of one member's images from which on a convolution of its own is worth the call."""
+MANY_WEIGHTS = 1 << 18
+"""The same of its weights."""
+
+
+class Geometry(NamedTuple):
+    """What a convolution and its derivatives need to know beside their operands' values."""
+
+    stride: int
+    padding: tuple[int, int]
+    groups: int
+    image: tuple[int, int]
+    """Height and width of the input, pixels."""
+    kernel: tuple[int, int]
+    """Height and width of the kernel, pixels."""
+
+
+def conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: tuple[int, int], groups: int
+) -> Tensor:
+    """``torch.conv2d``, except where ``vmap`` maps over the weight: there a faster of several ways to the same sums.
+
+    Args:
+        x: images, ``(b, c, h, w)``.
+        weight: ``(features, c / groups, *kernel)``.
+        bias: ``(features,)``, or None.
+        stride: step of the kernel, pixels.
+        padding: zeros on each side, pixels, of height and width.
+        groups: channels are convolved in this many separate groups.
+
+    >>> x, weights = torch.ones(1, 1, 4, 4), torch.ones(5, 2, 1, 3, 3)
+    >>> torch.func.vmap(lambda weight: conv2d(x, weight, None, 1, (0, 0), 1))(weights).shape
+    torch.Size([5, 1, 2, 2, 2])
+    """
+    # The compiler cannot look, and chooses kernels of its own.
+    if torch.compiler.is_compiling() or not _is_mapped(weight):
+        return torch.conv2d(x, weight, bias, stride, padding, 1, groups)
+    height, width, rows, columns = *x.shape[-2:], *weight.shape[-2:]
+    geometry = Geometry(stride, padding, groups, (height, width), (rows, columns))
+    if groups == 1 and geometry.image == geometry.kernel == (1, 1) and padding == (0, 0):
+        return F.linear(x[..., 0, 0], weight[..., 0, 0], bias)[..., None, None]
+    # Images that all members share are convolved with one wide kernel already.
+    if not _is_mapped(x) or not _one_by_one(x.shape, weight.shape, geometry):
+        return torch.conv2d(x, weight, bias, stride, padding, 1, groups)
+    result: Tensor = _Product.apply(x, weight, None, bias, geometry)
+    return result
+
+
+def _one_by_one(x: torch.Size, weight: torch.Size, geometry: Geometry) -> bool:
+    """Whether one member's convolution should come after the other's; the shapes are those of one member.
+
+    On a CPU torch has no fast kernel for groups of channels that are no multiples of the eight numbers of a register.
+    Nor has it one for the weights' gradient in groups where there are more weights than pixels. The way around costs a
+    millisecond of Python for a convolution and each of its derivatives, so it is for large ones.
+    """
+    if geometry.groups > 1:
+        return False
+    (batch, channels, *_), features = x, weight[0]
+    sides = zip(geometry.image, geometry.padding, geometry.kernel, strict=True)
+    output = batch * features * math.prod((n + 2 * pad - k) // geometry.stride + 1 for n, pad, k in sides)
+    pixels = max(x.numel(), output)
+    odd = channels % 8 > 0 or features % 8 > 0
+    return (odd and pixels >= MANY_PIXELS) or weight.numel() >= max(pixels, MANY_WEIGHTS)
+
+
+def _is_mapped(tensor: Tensor) -> bool:
+    """Whether a ``vmap`` maps over the tensor."""
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        if _functorch.is_batchedtensor(tensor):
+            return True
+        tensor = _functorch.get_unwrapped(tensor)
+    return False
+
+
+def _product(x: Any, weight: Any, signal: Any, bias: Any, geometry: Geometry) -> Tensor:
+    stride, padding, groups, image, kernel = geometry
+    if signal is None:
+        return torch.conv2d(x, weight, bias, stride, padding, 1, groups)
+    if x is None:
+        shape = [len(signal), weight.shape[1] * groups, *image]
+        return conv2d_input(shape, weight, signal, stride, padding, 1, groups)  # type: ignore[no-untyped-call]
+    shape = [signal.shape[1], x.shape[1] // groups, *kernel]
+    return conv2d_weight(x, shape, signal, stride, padding, 1, groups)  # type: ignore[no-untyped-call]
+
+
+class _Product(torch.autograd.Function):
+    """``sum(signal * conv2d(x, weight))`` is linear in each of the three; of one that is None, this is the gradient.
+
+    Without a signal it is the convolution itself, plus a bias if there is one. Since the gradient of each such product
+    with respect to an operand is another one, this one function has derivatives of all orders.
+    """
+
+    @staticmethod
+    def forward(x: Any, weight: Any, signal: Any, bias: Any, geometry: Geometry) -> Tensor:
+        return _product(x, weight, signal, bias, geometry)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        x, weight, signal, _, ctx.geometry = inputs
+        ctx.shape = output.shape
+        ctx.save_for_backward(x, weight, signal)
+        ctx.save_for_forward(x, weight, signal)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> tuple[Any, ...]:
+        (cotangent,) = cotangents
+        operands = [cotangent if operand is None else operand for operand in ctx.saved_tensors]
+        grads: list[Any] = [None] * 5
+        for i, operand in enumerate(ctx.saved_tensors):
+            if operand is not None and ctx.needs_input_grad[i]:
+                grads[i] = _Product.apply(*operands[:i], None, *operands[i + 1 :], None, ctx.geometry)
+        if ctx.needs_input_grad[3]:
+            grads[3] = cotangent.sum((0, 2, 3))
+        return tuple(grads)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        operands = ctx.saved_tensors
+        *directions, bias, _ = tangents
+        terms = [
+            _Product.apply(*operands[:i], direction, *operands[i + 1 :], None, ctx.geometry)
+            for i, direction in enumerate(directions)
+            if direction is not None
+        ]
+        if bias is not None:
+            terms.append(bias[:, None, None].expand(ctx.shape))
+        return functools.reduce(operator.add, terms)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Tensor, int]:
+        *operands, geometry = inputs
+        dims = in_dims[:-1]
+        # The gradient of images of few channels, such as the first ones, is slow for one member, too.
+        narrow = operands[0] is None and operands[1].shape[-3] * geometry.groups < 4
+        if narrow or sum(dim is not None for dim in dims[:3]) < 2:
+            run = torch.vmap(lambda x, weight, signal, bias: _product(x, weight, signal, bias, geometry), dims)
+            return run(*operands), 0
+        columns = [
+            [operand] * info.batch_size if dim is None else operand.unbind(dim)
+            for operand, dim in zip(operands, dims, strict=True)
+        ]
+        return torch.stack([_Product.apply(*own, geometry) for own in zip(*columns, strict=True)]), 0

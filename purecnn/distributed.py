@@ -1,0 +1,79 @@
+"""Many processes that train one network: sums over processes, as functions.
+
+Every process holds the whole network and works on its part of each batch. What is summed are gradients, the numbers of
+`purecnn.training.Metrics`, and with ``statistics="global"`` the statistics of batch normalisation. The processes are
+torch's own, started by ``torchrun`` and joined by ``torch.distributed.init_process_group``.
+"""
+
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["agreed", "from_first", "rank", "share", "total", "total_flowing", "world_size"]
+
+_T = TypeVar("_T")
+
+
+def rank() -> int:
+    """Which process this is, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def total(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The sum over all processes of each tensor, in one message for each type of numbers."""
+    if world_size() == 1:
+        return leaves
+    result: dict[str, Tensor] = dict(leaves)
+    for dtype in sorted({leaf.dtype for leaf in leaves.values()}, key=str):  # in one order in all processes
+        group = {path: leaf for path, leaf in leaves.items() if leaf.dtype == dtype}
+        message = torch.cat([leaf.detach().flatten() for leaf in group.values()])
+        dist.all_reduce(message)
+        parts = torch.split(message, [leaf.numel() for leaf in group.values()])
+        result |= {path: part.view(leaf.shape) for (path, leaf), part in zip(group.items(), parts, strict=True)}
+    return result
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return total({"": x})[""]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return total({"": grad})[""]
+
+
+def total_flowing(x: Tensor) -> Tensor:
+    """The sum over all processes, through which gradients flow back to all of them."""
+    return x if world_size() == 1 else _Sum.apply(x)
+
+
+def share(images: int, device: torch.device) -> Tensor:
+    """This process's part of all the images that are worked on: a scalar."""
+    count = torch.tensor(float(images), device=device)
+    return count / total({"": count})[""]
+
+
+def agreed(wish: bool) -> bool:
+    """Whether any process wishes it."""
+    return bool(total({"": torch.tensor(int(wish), device=_device())})[""]) if world_size() > 1 else wish
+
+
+def from_first(value: _T) -> _T:
+    """The first process's value, in all processes."""
+    if world_size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")

@@ -1,0 +1,130 @@
+"""Influence functions: what would change if a training example had been left out, without training again.
+
+    product = lambda v: hvp(objective, params, v)
+    influence(product, train_losses, test_loss, params).changes    # (training examples,)
+
+Koh and Liang 2017, "Understanding Black-box Predictions via Influence Functions", arXiv:1703.04730. The theory holds at
+a minimum of a strictly convex objective, such as that of a regularised linear head over frozen features; of whole
+networks it predicts something else than retraining (Bae et al. 2022, arXiv:2209.05364), and needs the Gauss-Newton
+matrix or damping, as the Hessian has negative eigenvalues.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import grad, jvp
+
+from purecnn.curvature import Loss, Product, ravel, unravel
+from purecnn.eager import is_mapped
+from purecnn.tree import Tree
+
+__all__ = ["Influence", "Solution", "conjugate_gradient", "influence"]
+
+
+class Solution(NamedTuple):
+    """The result of `conjugate_gradient`, and how good it is."""
+
+    x: Tree
+    residual: Tensor
+    """``|b - (A + damping) x| / |b|``, from a product of its own after the last iteration."""
+    iterations: Tensor
+    """How many products it took, without that one: int64."""
+    converged: Tensor
+    """Whether the residual is at most the tolerance. If not, there were too few iterations, a direction in which the
+    matrix is not positive (more damping helps), or the tolerance is below what the type of number resolves."""
+
+
+def conjugate_gradient(
+    product: Product, b: Tree, *, damping: float = 0.0, tolerance: float = 1e-5, max_iterations: int = 100
+) -> Solution:
+    """Solve ``(A + damping I) x = b`` for a positive definite ``A`` by its products (Hestenes and Stiefel 1952).
+
+    Args:
+        product: the matrix ``A``.
+        b: the right-hand side. ``vmap`` over it solves for several at once, with all iterations for each.
+        damping: added to the diagonal.
+        tolerance: the relative residual at which to stop.
+        max_iterations: where to stop at the latest. A direction of no or negative curvature ends it, too.
+
+    Returns:
+        The last iterate. Whether it solves the equation is in `Solution.converged`: nothing is raised.
+
+    >>> solution = conjugate_gradient(lambda v: {"w": torch.tensor([1.0, 4.0]) * v["w"]}, {"w": torch.ones(2)})
+    >>> solution.x, int(solution.iterations), bool(solution.converged)
+    ({'w': tensor([1.0000, 0.2500])}, 2, True)
+    """
+    right = ravel(b)
+
+    def apply(v: Tensor) -> Tensor:
+        return ravel(product(unravel(v, b))) + damping * v
+
+    x = torch.zeros_like(right)
+    residual = direction = right
+    square = target = right @ right
+    target = tolerance**2 * target
+    iterations = torch.zeros((), dtype=torch.int64, device=right.device)
+    going = square > target
+    for _ in range(max_iterations):
+        # Under vmap and the compiler nobody can look, so what is solved already stands still.
+        if not is_mapped() and not going:
+            break
+        curved = apply(direction)
+        curvature = direction @ curved
+        iterations = iterations + going
+        going = going & (curvature > 0)
+        step = torch.where(going, square / curvature, 0)
+        x = x + step * direction
+        residual = residual - step * curved
+        before, square = square, residual @ residual
+        direction = torch.where(going, residual + square / before * direction, direction)
+        going = going & (square > target)
+    size = right.norm()
+    relative = torch.where(size > 0, (right - apply(x)).norm() / size, 0)
+    return Solution(unravel(x, b), relative, iterations, relative <= tolerance)
+
+
+class Influence(NamedTuple):
+    """The result of `influence`."""
+
+    changes: Tensor
+    """(examples,): how much the measure would grow if the example had not been there. Of a test loss, helpful examples
+    have positive changes and harmful ones negative changes."""
+    solution: Solution
+    """Of the linear system: see whether it converged."""
+
+
+def influence(
+    product: Product,
+    train_losses: Callable[[Tree], Tensor],
+    measure: Loss,
+    params: Tree,
+    *,
+    damping: float = 0.0,
+    tolerance: float = 1e-5,
+    max_iterations: int = 100,
+) -> Influence:
+    """Predict how a measure changes when each training example is left out in turn.
+
+    With an objective of the mean of ``n`` losses (and any regulariser), leaving out an example moves its minimum by
+    ``H^-1 g_i / n`` to first order, so the measure by ``(d measure) . H^-1 g_i / n``. One linear system is solved, and
+    one forward derivative gives the products with all ``g_i``; no example's gradient is ever computed.
+
+    Args:
+        product: the objective's Hessian ``H``, as ``lambda v: hvp(objective, params, v)``, or its Gauss-Newton matrix.
+        train_losses: from parameters to the loss of each of the ``n`` training examples, (n,).
+        measure: from parameters to a scalar, such as the loss of a test image.
+        params: the objective's minimum.
+        damping, tolerance, max_iterations: see `conjugate_gradient`.
+
+    >>> x = torch.tensor([1.0, 2.0, 6.0])  # their mean minimises the squared error
+    >>> squares = lambda p: (p["mean"] - x) ** 2 / 2
+    >>> influence(lambda v: v, squares, lambda p: p["mean"], {"mean": torch.tensor(3.0)}).changes
+    tensor([ 0.6667,  0.3333, -1.0000])
+    """
+    solution = conjugate_gradient(
+        product, grad(measure)(params), damping=damping, tolerance=tolerance, max_iterations=max_iterations
+    )
+    slopes = jvp(train_losses, (params,), (solution.x,))[1]
+    return Influence(slopes / len(slopes), solution)

@@ -1,0 +1,255 @@
+"""What an optimizer is, and how optimizers are made of others.
+
+    optimizer = clipped(sgd(0.1, momentum=0.9), 1.0)
+    opt_state = optimizer.init(params)
+    params, opt_state = optimizer.update(grads, opt_state, params)
+
+`Optimizer.update` leaves its inputs alone, unless the caller *donates* them: with ``donate=True`` the buffers of
+``params`` and ``opt_state`` become those of the results, as ``jax.jit``'s ``donate_argnums`` does it.
+
+The rules themselves are in `purecnn.optimizers`.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from purecnn import tree
+from purecnn.eager import is_transformed
+from purecnn.schedules import Schedule
+from purecnn.tree import Tree
+
+__all__ = ["LearningRate", "Optimizer", "Update", "accumulated", "clipped", "from_transformation", "partitioned"]
+
+LearningRate: TypeAlias = float | Tensor | Schedule
+"""A number, a scalar tensor (such as one of an ensemble's, under ``vmap``), or a function of the step."""
+
+
+class Update(Protocol):
+    """The type of `Optimizer.update`."""
+
+    def __call__(
+        self,
+        grads: Tree,
+        opt_state: Tree,
+        params: Tree,
+        learning_rate: LearningRate | None = None,
+        *,
+        donate: bool = False,
+    ) -> tuple[Tree, Tree]: ...
+
+
+class Optimizer(NamedTuple):
+    """A rule that turns gradients into new parameters."""
+
+    init: Callable[[Tree], Tree]
+    """``init(params) -> opt_state``: a tree of tensors, with the scalar ``"step"``, the number of updates made."""
+    update: Update
+    """``update(grads, opt_state, params, learning_rate=None, *, donate=False) -> (params, opt_state)``.
+
+    ``grads`` has the same paths and shapes as ``params``; both may be given as leaves by path.
+    ``learning_rate`` replaces the optimizer's own. ``donate=True`` allows to overwrite ``params`` and ``opt_state``,
+    which must not be used again."""
+    learning_rate: LearningRate
+
+    def rate(self, opt_state: Tree) -> float:
+        """The learning rate of the next update."""
+        return float(current(self.learning_rate, opt_state["step"]))
+
+
+def current(learning_rate: LearningRate, step: Tensor) -> Tensor:
+    """The learning rate of a step as a scalar; that of a number is on the CPU, in double precision.
+
+    Raises:
+        ValueError: if it is no scalar.
+    """
+    rate = learning_rate(step) if callable(learning_rate) else learning_rate
+    if not isinstance(rate, Tensor):
+        return torch.full((), rate, dtype=torch.float64)
+    if rate.ndim:
+        raise ValueError(f"a learning rate is a scalar, found shape {tuple(rate.shape)}; map over members with vmap")
+    return rate
+
+
+def no_steps(params: Tree) -> Tree:
+    """The beginning of every state: no update is made."""
+    device = next(iter(tree.flatten(params).values())).device if params else None
+    return {"step": torch.zeros((), dtype=torch.int64, device=device)}
+
+
+def _nested(tree_or_leaves: Tree) -> Tree:
+    """Parameters may come as they were initialised, or as leaves by path."""
+    return tree.unflatten(tree.flatten(tree_or_leaves))
+
+
+def clipped(optimizer: Optimizer, max_norm: float) -> Optimizer:
+    """Shorten the gradient, taken as one vector, to ``max_norm`` if it is longer, ``torch.nn.utils.clip_grad_norm_``.
+
+    ``grad * min(1, max_norm / (norm + 1e-6))`` (Pascanu et al., arXiv:1211.5063, algorithm 1).
+
+    >>> from purecnn.optimizers import sgd
+    >>> optimizer = clipped(sgd(1.0), 1.0)
+    >>> params = {"weight": torch.zeros(2)}
+    >>> optimizer.update({"weight": torch.tensor([3.0, -4.0])}, optimizer.init(params), params)[0]
+    {'weight': tensor([-0.6000,  0.8000])}
+
+    Raises:
+        ValueError: unless ``max_norm`` is positive.
+    """
+    if not max_norm > 0:
+        raise ValueError(f"max_norm must be positive, found {max_norm}")
+
+    def update(
+        grads: Tree, opt_state: Tree, params: Tree, learning_rate: LearningRate | None = None, *, donate: bool = False
+    ) -> tuple[Tree, Tree]:
+        norms = [torch.linalg.vector_norm(leaf) for leaf in tree.flatten(grads).values()]
+        factor = (max_norm / (torch.linalg.vector_norm(torch.stack(norms)) + 1e-6)).clamp(max=1.0)
+        grads = tree.map(lambda leaf: leaf * factor, grads)
+        return optimizer.update(grads, opt_state, params, learning_rate, donate=donate)
+
+    return optimizer._replace(update=update)
+
+
+def accumulated(optimizer: Optimizer, every: int) -> Optimizer:
+    """Update by the mean of ``every`` gradients at each ``every``-th call; the other calls leave the parameters alone.
+
+    For batches larger than the memory. Statistics of batch normalisation still are those of the small batches. The
+    state holds that of ``optimizer``, the sum of the gradients so far, and their number. ``"step"`` is the number of
+    updates made, so a schedule counts these.
+
+    In eager mode the number is looked at, for which a GPU has to be waited for. Under a transformation nobody can look,
+    so the update is computed at each call and is thrown away where it is not due.
+
+    >>> from purecnn.optimizers import sgd
+    >>> optimizer = accumulated(sgd(1.0), 2)
+    >>> params, grads = {"weight": torch.zeros(1)}, {"weight": torch.ones(1)}
+    >>> params, opt_state = optimizer.update(grads, optimizer.init(params), params)
+    >>> params
+    {'weight': tensor([0.])}
+    >>> optimizer.update({"weight": 3 * torch.ones(1)}, opt_state, params)[0]
+    {'weight': tensor([-2.])}
+
+    Raises:
+        ValueError: if ``every`` is less than 1.
+    """
+    if every < 1:
+        raise ValueError(f"every must be at least 1, found {every}")
+
+    def init(params: Tree) -> Tree:
+        start = no_steps(params)
+        total = tree.map(torch.zeros_like, params)
+        return {**start, "seen": torch.zeros_like(start["step"]), "total": total, "inner": optimizer.init(params)}
+
+    def update(
+        grads: Tree, opt_state: Tree, params: Tree, learning_rate: LearningRate | None = None, *, donate: bool = False
+    ) -> tuple[Tree, Tree]:
+        grads, params = _nested(grads), _nested(params)
+        seen, inner = opt_state["seen"] + 1, opt_state["inner"]
+        total = tree.map(torch.add, opt_state["total"], grads)
+        due = seen == every
+        watched = is_transformed(*(leaf for each in (grads, params) for leaf in tree.flatten(each).values()))
+        if watched or due:
+            mean = tree.map(lambda leaf: leaf / every, total)
+            new, new_inner = optimizer.update(mean, inner, params, learning_rate, donate=donate and not watched)
+            if watched:
+
+                def choose(new: Tensor, old: Tensor) -> Tensor:
+                    return torch.where(due, new, old)
+
+                new, new_inner = tree.map(choose, new, params), tree.map(choose, new_inner, inner)
+            params, inner = new, new_inner
+            total = tree.map(lambda leaf: torch.where(due, 0.0, leaf), total)
+        return params, {"step": inner["step"], "seen": seen % every, "total": total, "inner": inner}
+
+    return Optimizer(init, update, optimizer.learning_rate)
+
+
+def partitioned(choose: Callable[[str, Tensor], bool], chosen: Optimizer, others: Optimizer) -> Optimizer:
+    """One optimizer for the parameters that ``choose(path, parameter)`` chooses, and another one for the others.
+
+    The learning rate that it reports is that of ``chosen``; one that is given to ``update`` is for both.
+
+    >>> from purecnn.optimizers import adamw, sgd
+    >>> optimizer = partitioned(lambda path, parameter: path.startswith("head."), adamw(1e-3), sgd(1e-2))
+    >>> optimizer.init({"stem": {"weight": torch.zeros(3)}, "head": {"weight": torch.zeros(2)}})["chosen"]["mean"]
+    {'head': {'weight': tensor([0., 0.])}}
+    """
+
+    def split(params: Tree, other: Tree) -> tuple[Tree, Tree]:
+        """A tree's leaves where the parameters are chosen, and where they are not."""
+        marks = {path: choose(path, leaf) for path, leaf in tree.flatten(params).items()}
+        leaves = tree.flatten(other)
+        if different := sorted(marks.keys() ^ leaves.keys()):
+            raise ValueError(f"params and grads have different names: {', '.join(different[:5])}")
+        first, second = (
+            tree.unflatten({path: leaf for path, leaf in leaves.items() if marks[path] is mark})
+            for mark in (True, False)
+        )
+        return first, second
+
+    def init(params: Tree) -> Tree:
+        first, second = split(params, params)
+        return {**no_steps(params), "chosen": chosen.init(first), "others": others.init(second)}
+
+    def update(
+        grads: Tree, opt_state: Tree, params: Tree, learning_rate: LearningRate | None = None, *, donate: bool = False
+    ) -> tuple[Tree, Tree]:
+        order = tree.flatten(params)
+        states = opt_state["chosen"], opt_state["others"]
+        (first, chosen_state), (second, others_state) = (
+            optimizer.update(part, state, mine, learning_rate, donate=donate)
+            for optimizer, part, state, mine in zip(
+                (chosen, others), split(params, grads), states, split(params, params), strict=True
+            )
+        )
+        leaves = {**tree.flatten(first), **tree.flatten(second)}
+        params = tree.unflatten({path: leaves[path] for path in order})
+        return params, {"step": opt_state["step"] + 1, "chosen": chosen_state, "others": others_state}
+
+    return Optimizer(init, update, chosen.learning_rate)
+
+
+def from_transformation(
+    init: Callable[[Tree], Any],
+    update: Callable[[Tree, Any, Tree], tuple[Tree, Any]],
+    learning_rate: LearningRate = 1.0,
+) -> Optimizer:
+    """An optimizer from a pair of Optax's kind, such as TorchOpt's.
+
+    ``param += learning_rate * update``. A pair that knows its own learning rate goes with the default.
+
+    Args:
+        init: ``init(params) -> state``; any tree of tensors (lists, tuples, named tuples). What ``params`` hold must
+            not decide its structure, as it is made again to know it.
+        update: ``update(grads, state, params) -> (updates, state)``, pure. TorchOpt's is
+            ``lambda grads, state, params: adam.update(grads, state, params=params, inplace=False)``.
+        learning_rate: factor of the updates.
+
+    >>> descent = from_transformation(lambda params: (), lambda grads, state, params: (grads, state), -0.5)
+    >>> params = {"weight": torch.ones(2)}
+    >>> descent.update({"weight": torch.ones(2)}, descent.init(params), params)[0]
+    {'weight': tensor([0.5000, 0.5000])}
+    """
+
+    def start(params: Tree) -> Tree:
+        leaves = pytree.tree_leaves(init(params))
+        return {**no_steps(params), "inner": {str(i): leaf for i, leaf in enumerate(leaves)}}
+
+    default = learning_rate
+
+    def step(
+        grads: Tree, opt_state: Tree, params: Tree, learning_rate: LearningRate | None = None, *, donate: bool = False
+    ) -> tuple[Tree, Tree]:
+        grads, params = _nested(grads), _nested(params)
+        rate = current(default if learning_rate is None else learning_rate, opt_state["step"])
+        structure = pytree.tree_structure(init(params))
+        state = pytree.tree_unflatten(list(opt_state["inner"].values()), structure)
+        updates, state = update(grads, state, params)
+        params = tree.map(lambda leaf, change: leaf + rate.to(leaf) * change, params, updates)
+        inner = {str(i): leaf for i, leaf in enumerate(pytree.tree_leaves(state))}
+        return params, {"step": opt_state["step"] + 1, "inner": inner}
+
+    return Optimizer(start, step, learning_rate)

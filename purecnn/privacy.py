@@ -1,0 +1,251 @@
+"""Differentially private training: DP-SGD, and DP-Adam with `purecnn.optimizers.adamw`.
+
+Abadi et al., Deep Learning with Differential Privacy, arXiv:1607.00133, algorithm 1. A step sums the gradients of
+single images, each clipped to a norm of at most ``clip``, adds normal noise of standard deviation ``noise * clip``, and
+divides by the expected size of a batch. Each image is in a batch with the same probability, whatever the others do
+(`poisson_sample`); the sizes of batches therefore differ, and the step takes them as they come.
+
+    noise = noise_for(3.0, sampling_rate=0.1, steps=100, delta=1e-5)
+    step = make_private_step(model, optimizer, clip=1.0, noise=noise, expected_batch=900)
+    chosen = poisson_sample(key, count=9000, rate=0.1)
+    train_state, metrics = step(train_state, (images[chosen], labels[chosen]), key)
+
+What is private are the parameters, after each step and at the end. The metrics are not: they are of the images as they
+are. The numbers are floats and the keys are only as secret as their seed, so this protects against an adversary who
+sees trained networks, not one who sees the machine (Mironov, On significance of the least significant bits for
+differential privacy, CCS 2012).
+"""
+
+import importlib
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from purecnn import random, tree
+from purecnn.layer import Mode, Outputs
+from purecnn.model import Model
+from purecnn.optimizers import Optimizer
+from purecnn.paper import Loss
+from purecnn.per_sample import clipped_gradient_sum
+from purecnn.step import Batch, Metrics, Step, Trainable, TrainState
+
+__all__ = ["epsilon", "make_private_step", "noise_for", "poisson_sample"]
+
+
+def make_private_step(
+    model: Model,
+    optimizer: Optimizer,
+    *,
+    clip: float,
+    noise: float,
+    expected_batch: float,
+    loss: Loss | None = None,
+    trainable: Trainable | None = None,
+    statistics: Literal["batch", "running"] = "batch",
+    microbatch: int | None = None,
+) -> Step:
+    """The private training step ``(train_state, batch, key) -> (train_state, metrics)``, a pure function.
+
+    It has the protocol of `purecnn.training.make_step`, and with ``noise=0``, ``clip=math.inf`` and batches of the
+    expected size it makes the same steps.
+
+    Args:
+        model: the network; without batch normalisation, or with ``statistics="running"``.
+        optimizer: the update rule: it sees nothing but the private gradient.
+        clip: the largest norm of an image's gradient, of all trained parameters together.
+        noise: standard deviation of the noise, in multiples of ``clip``: see `noise_for`.
+        expected_batch: the mean size of a batch, ``rate * count`` of `poisson_sample`. The size that a batch happens to
+            have is a secret.
+        loss: see `purecnn.per_sample.per_sample_gradients`.
+        trainable: which parameters to train, by path; by default all. The noise is for them alone.
+        statistics: what batch normalisation uses: only ``"running"`` statistics, frozen, leave each image its gradient.
+        microbatch: work through the batch in pieces of at most so many images, for less memory.
+
+    Returns:
+        The step. Its key may be that of the whole training: the step's number is folded into it, and each parameter's
+        noise is drawn by its path. Metrics are the batch's mean loss (0 for an empty batch) and number of right images.
+
+    Raises:
+        ValueError: if a number is out of range, or the network would use the batch's statistics.
+
+    >>> import purecnn
+    >>> from purecnn.optimizers import sgd
+    >>> model, optimizer = purecnn.create("lenet5"), sgd(0.1)
+    >>> step = make_private_step(model, optimizer, clip=1.0, noise=1.0, expected_batch=4)
+    >>> train_state = TrainState.start(*model.init(random.key(0)), optimizer)
+    >>> train_state, metrics = step(train_state, (torch.zeros(3, 1, 32, 32), torch.tensor([1, 2, 3])), random.key(1))
+    >>> int(train_state.step)
+    1
+    """
+    if not clip > 0:
+        raise ValueError(f"clip must be positive, found {clip}")
+    if not 0 <= noise < math.inf:
+        raise ValueError(f"noise must be at least 0 and finite, found {noise}")
+    if noise and math.isinf(clip):
+        raise ValueError("gradients of any size need infinite noise: choose a finite clip, or noise=0")
+    if not expected_batch > 0:
+        raise ValueError(f"expected_batch must be positive, found {expected_batch}")
+    if microbatch is not None and microbatch < 1:
+        raise ValueError(f"microbatch must be at least 1, found {microbatch}")
+    if statistics != "running" and model.spec()[1]:
+        raise ValueError(
+            f"{model.name} has batch normalisation, which mixes the images of a batch and keeps their statistics: "
+            f'build it with purecnn.create({model.name!r}, norm="group"), or freeze them with statistics="running"'
+        )
+
+    def step(train_state: TrainState, batch: Batch, key: Tensor | None = None) -> tuple[TrainState, Metrics]:
+        params, state, opt_state, count = train_state[:4]
+        if noise and key is None:
+            raise ValueError("noise is drawn from a key: pass key=purecnn.random.key(seed)")
+        draw_key, noise_key = (None, None) if key is None else random.split(random.fold_in(key, count))
+        trained = {path: leaf for path, leaf in tree.flatten(params).items() if trainable is None or trainable(path)}
+        total = {path: torch.zeros_like(leaf) for path, leaf in trained.items()}
+        loss_sum, correct = torch.zeros((), device=count.device), torch.zeros_like(count)
+        size = len(batch[1])
+        for i, start in enumerate(range(0, size, microbatch or size or 1)):
+            images, labels = (each[start : start + (microbatch or size)] for each in batch)
+            found = clipped_gradient_sum(
+                model,
+                params,
+                state,
+                (images, labels),
+                clip=clip,
+                train=True,
+                key=None if draw_key is None else random.fold_in(draw_key, i),
+                statistics=statistics,
+                loss=loss,
+                trainable=trainable,
+            )
+            total = {path: total[path] + part for path, part in tree.flatten(found.gradient).items()}
+            logits = found.outputs.logits if isinstance(found.outputs, Outputs) else found.outputs
+            truth = labels if labels.ndim == 1 else labels.argmax(1)
+            loss_sum, correct = loss_sum + found.losses.sum(), correct + (logits.argmax(1) == truth).sum()
+        if noise:
+            total = {path: part + noise * clip * _normal(noise_key, path, part) for path, part in total.items()}
+        grads = {path: part / expected_batch for path, part in total.items()}
+        updated, opt_state = optimizer.update(grads, opt_state, trained)
+        params = tree.unflatten({**tree.flatten(params), **tree.flatten(updated)})
+        after = train_state._replace(params=params, opt_state=opt_state, step=count + 1)
+        return after, Metrics(loss_sum / max(size, 1), correct)
+
+    return step
+
+
+def _normal(key: Tensor | None, path: str, like: Tensor) -> Tensor:
+    return random.normal(Mode(key=key, path=path).draw_key(), like.shape, like.dtype)
+
+
+def poisson_sample(key: Tensor, count: int, rate: float) -> Tensor:
+    """Which of ``count`` images are in a batch, each with probability ``rate``: their indices, in order, int64.
+
+    How many they are differs from draw to draw: ``rate * count`` on average, and none is possible. That is what
+    `epsilon` reckons with: cutting or filling batches to one size would make its figure wrong.
+
+    Args:
+        key: another one for each batch.
+        count: of all images.
+        rate: probability of each.
+
+    >>> poisson_sample(random.key(0), 10, 0.5)
+    tensor([2, 3, 5, 6, 9])
+    """
+    if not 0 <= rate <= 1:
+        raise ValueError(f"rate must be in [0, 1], found {rate}")
+    return random.bernoulli(key, rate, (count,)).nonzero()[:, 0]
+
+
+# Accounting --------------------------------------------------------------------------------------------------
+
+
+def epsilon(noise: float, sampling_rate: float, steps: int, delta: float) -> float:
+    """The privacy that a training costs: the steps together are ``(epsilon, delta)``-differentially private.
+
+    For the addition or removal of one image, batches by `poisson_sample`, and all parameters on the way published. From
+    Google's ``dp-accounting``: privacy loss distributions, rounded to the safe side (Doroshenko et al.,
+    arXiv:2207.04380).
+
+    Args:
+        noise: of `make_private_step`.
+        sampling_rate: the probability of an image to be in a batch.
+        steps: how many are made.
+        delta: probability with which the promise may fail, to be far less than one over the number of images.
+
+    Raises:
+        ModuleNotFoundError: if ``dp-accounting`` is not installed.
+        ValueError: if a number is out of range.
+
+    Example::
+
+        epsilon(1.1, sampling_rate=256 / 60000, steps=14062, delta=1e-5)
+    """
+    _check(sampling_rate, steps, delta)
+    if noise < 0:
+        raise ValueError(f"noise must not be negative, found {noise}")
+    return _epsilon(_accounting(), noise, sampling_rate, steps, delta)
+
+
+def noise_for(epsilon: float, sampling_rate: float, steps: int, delta: float) -> float:
+    """The least noise with which a training costs no more than ``epsilon``, to a thousandth and on the safe side.
+
+    Args:
+        epsilon: what may be spent.
+        sampling_rate, steps, delta: see `epsilon`.
+
+    Raises:
+        ModuleNotFoundError: if ``dp-accounting`` is not installed.
+        ValueError: if a number is out of range.
+
+    Example::
+
+        noise_for(3.0, sampling_rate=1024 / 9000, steps=100, delta=1e-5)
+    """
+    _check(sampling_rate, steps, delta)
+    if not epsilon > 0:
+        raise ValueError(f"epsilon must be positive, found {epsilon}")
+    accounting = _accounting()
+    # Its own search begins at no noise, around which a loss is costly to work out.
+    upper = 1.0
+    while _epsilon(accounting, upper, sampling_rate, steps, delta) > epsilon:
+        upper *= 2
+    while _epsilon(accounting, upper / 2, sampling_rate, steps, delta) <= epsilon:
+        upper /= 2
+    found = accounting.calibrate_dp_mechanism(
+        accounting.pld.PLDAccountant,
+        lambda noise: _event(accounting, noise, sampling_rate, steps),
+        epsilon,
+        delta,
+        accounting.ExplicitBracketInterval(upper / 2, upper),
+        tol=1e-3,
+    )
+    return float(found)
+
+
+def _check(sampling_rate: float, steps: int, delta: float) -> None:
+    if not 0 < sampling_rate <= 1:
+        raise ValueError(f"sampling_rate must be above 0 and at most 1, found {sampling_rate}")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, found {steps}")
+    if not 0 < delta < 1:
+        raise ValueError(f"delta must be between 0 and 1, found {delta}")
+
+
+def _epsilon(accounting: Any, noise: float, sampling_rate: float, steps: int, delta: float) -> float:
+    accountant = accounting.pld.PLDAccountant().compose(_event(accounting, noise, sampling_rate, steps))
+    return float(accountant.get_epsilon(delta))
+
+
+def _event(accounting: Any, noise: float, sampling_rate: float, steps: int) -> Any:
+    single = accounting.PoissonSampledDpEvent(sampling_rate, accounting.GaussianDpEvent(noise))
+    return accounting.SelfComposedDpEvent(single, steps)
+
+
+def _accounting() -> Any:
+    try:
+        importlib.import_module("dp_accounting.pld")
+        return importlib.import_module("dp_accounting")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"epsilon is reckoned by Google's accountant: pip install dp-accounting (missing: {error.name})"
+        ) from error

@@ -1,0 +1,207 @@
+"""From an update rule to an optimizer.
+
+A `Rule` is written twice, side by side: as a *formula* for one parameter, which works under ``vmap``, ``grad`` and
+``torch.compile``, and as a *kernel* for many parameters, which is many times faster outside of them and works in place,
+on donated buffers or on copies. The two differ in rounding alone.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from purecnn import tree
+from purecnn.eager import is_transformed
+from purecnn.optimizer import LearningRate, Optimizer, current, no_steps
+from purecnn.tree import Tree
+
+__all__ = [
+    "Formula",
+    "Kernel",
+    "Rule",
+    "Step",
+    "blockwise",
+    "check_positive",
+    "check_share",
+    "descend",
+    "number",
+    "optimizer",
+]
+
+_BLOCK = 1 << 17
+"""Numbers in a block, half a megabyte in float32: the fastest of 2**15 to 2**20 in a trial."""
+
+
+class Step(NamedTuple):
+    """What an update knows besides the tensors."""
+
+    rate: Tensor
+    """The learning rate, a scalar."""
+    time: Tensor
+    """The number of this update, from 1: a scalar, int64."""
+    decay: float
+    """The strength of the pull to zero on these parameters."""
+
+
+class Formula(Protocol):
+    """One parameter's new value and new moments."""
+
+    def __call__(self, param: Tensor, grad: Tensor, moments: list[Tensor], step: Step) -> tuple[Tensor, ...]: ...
+
+
+class Kernel(Protocol):
+    """The formula for many parameters of one type on one device, in place; the gradients are left as they are."""
+
+    def __call__(self, params: list[Tensor], grads: list[Tensor], moments: list[list[Tensor]], step: Step) -> None: ...
+
+
+class Rule(NamedTuple):
+    """What tells one optimizer from another."""
+
+    formula: Formula
+    kernel: Kernel
+    moments: Mapping[str, float]
+    """What is remembered of each parameter, a tensor of its shape, and the value which that begins with."""
+
+
+def optimizer(
+    rule: Rule,
+    learning_rate: LearningRate,
+    weight_decay: float,
+    decay: Callable[[str], bool] | None,
+    scale: Callable[[str], float] | None,
+) -> Optimizer:
+    """The pair of functions that follows a rule; the arguments are those of `purecnn.optimizers.sgd`."""
+    if isinstance(learning_rate, (int, float)) and learning_rate < 0:
+        raise ValueError(f"the learning rate must not be negative, found {learning_rate}")
+    if weight_decay < 0:
+        raise ValueError(f"weight_decay must not be negative, found {weight_decay}")
+    default = learning_rate
+    formula, kernel, moments = rule
+
+    def of_path(path: str) -> tuple[float, float]:
+        """The strength of the decay and the factor of the learning rate."""
+        return weight_decay if decay is None or decay(path) else 0.0, 1.0 if scale is None else scale(path)
+
+    def init(params: Tree) -> Tree:
+        return {
+            **no_steps(params),
+            **{
+                name: tree.map(lambda leaf, value=value: torch.full_like(leaf, value), params)
+                for name, value in moments.items()
+            },
+        }
+
+    def update(
+        grads: Tree, opt_state: Tree, params: Tree, learning_rate: LearningRate | None = None, *, donate: bool = False
+    ) -> tuple[Tree, Tree]:
+        time = opt_state["step"] + 1
+        rate = current(default if learning_rate is None else learning_rate, opt_state["step"])
+        trees = [params, *(opt_state[name] for name in moments)]
+        rows = _rows(grads, *trees)
+        if _fusible(rows, rate):
+            if not donate:
+                trees = [tree.map(torch.clone, each) for each in trees]
+                rows = _rows(grads, *trees)
+            groups: dict[tuple[torch.dtype, torch.device, float, float], list[list[Tensor]]] = {}
+            for path, row in rows.items():
+                groups.setdefault((row[1].dtype, row[1].device, *of_path(path)), []).append(row)
+            for (_, _, strength, factor), group in groups.items():
+                gs, ps, *columns = (list(column) for column in zip(*group, strict=True))
+                gs = [_like(grad, param) for grad, param in zip(gs, ps, strict=True)]
+                kernel(ps, gs, columns, Step(_scaled(rate, factor), time, strength))
+        else:
+            rate = rate.to(time.device)
+            new: dict[str, tuple[Tensor, ...]] = {}
+            for path, (grad, param, *ms) in rows.items():
+                strength, factor = of_path(path)
+                new[path] = formula(param, grad, ms, Step(_scaled(rate, factor), time, strength))
+            trees = [tree.unflatten({path: row[i] for path, row in new.items()}) for i in range(len(trees))]
+        return trees[0], {"step": time, **dict(zip(moments, trees[1:], strict=True))}
+
+    return Optimizer(init, update, learning_rate)
+
+
+def _scaled(rate: Tensor, factor: float) -> Tensor:
+    return rate if factor == 1 else rate * factor
+
+
+def _rows(grads: Tree, *trees: Tree) -> dict[str, list[Tensor]]:
+    """For each path, its leaves in all trees, in the order of the second one, that of the parameters."""
+    others = [tree.flatten(each) for each in (grads, *trees[1:])]
+    leaves = tree.flatten(trees[0])
+    for other in others:
+        if different := sorted(leaves.keys() ^ other.keys()):
+            raise ValueError(f"params, grads and opt_state have different names: {', '.join(different[:5])}")
+    grads, *moments = others
+    return {path: [grads[path], leaf, *[moment[path] for moment in moments]] for path, leaf in leaves.items()}
+
+
+def _fusible(rows: Mapping[str, list[Tensor]], rate: Tensor) -> bool:
+    """Whether the kernels can be used: nobody watches, and the memory is laid out as they need it."""
+    if is_transformed(rate, *(leaf for row in rows.values() for leaf in row)):
+        return False
+    for row in rows.values():
+        _, param, *moments = row
+        if not (param.is_cpu or param.is_cuda) or any(type(leaf) is not Tensor for leaf in row):
+            return False
+        if not (param.is_contiguous() or param.is_contiguous(memory_format=torch.channels_last)):
+            return False
+        if moments and any(moment.stride() != param.stride() for moment in moments):
+            return False
+    return True
+
+
+def _like(grad: Tensor, param: Tensor) -> Tensor:
+    """The gradient in the parameter's layout: the kernels walk through memory without a look at strides."""
+    return grad if grad.stride() == param.stride() else torch.empty_like(param).copy_(grad)
+
+
+# For rules ---------------------------------------------------------------------------------------------------
+
+
+def check_share(**values: float) -> None:
+    """That values are shares of a mean's memory."""
+    for name, value in values.items():
+        if not 0 <= value < 1:
+            raise ValueError(f"{name} is at least 0 and below 1, found {value}")
+
+
+def check_positive(**values: float) -> None:
+    """That values are positive."""
+    for name, value in values.items():
+        if not value > 0:
+            raise ValueError(f"{name} must be positive, found {value}")
+
+
+def number(rate: Tensor) -> float | Tensor:
+    """A learning rate as torch's fused kernels take it: from a GPU it is not fetched, which would mean to wait."""
+    return float(rate) if rate.is_cpu else rate.float()
+
+
+def descend(params: list[Tensor], directions: list[Tensor], rate: Tensor) -> None:
+    """``param -= rate * direction``."""
+    if rate.is_cpu:
+        torch._foreach_add_(params, directions, alpha=-float(rate))
+    else:
+        torch._foreach_sub_(params, torch._foreach_mul(directions, rate.float()))
+
+
+def blockwise(kernel: Kernel, block: int = _BLOCK) -> Kernel:
+    """On a CPU, call a kernel that treats each number by itself on one block of memory after the other.
+
+    A kernel made of several operations reads its memory again for each. What fits into the cache is read once.
+    """
+
+    def in_blocks(params: list[Tensor], grads: list[Tensor], moments: list[list[Tensor]], step: Step) -> None:
+        if not params[0].is_cpu:
+            kernel(params, grads, moments, step)
+            return
+        for row in zip(params, grads, *moments, strict=True):
+            # All leaves of a row are dense and have the same strides, so their numbers lie in the same order.
+            flat = (leaf.as_strided((leaf.numel(),), (1,)).split(block) for leaf in row)
+            for param, grad, *others in zip(*flat, strict=True):
+                kernel([param], [grad], [[other] for other in others], step)
+
+    return in_blocks

@@ -1,0 +1,375 @@
+"""The training step as a pure function.
+
+optimizer = sgd(0.1, momentum=0.9)
+step = make_step(model, optimizer)
+train_state = TrainState.start(*model.init(key), optimizer)
+train_state, metrics = step(train_state, (images, labels), key)
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Literal, NamedTuple, Protocol, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from purecnn import distributed, random, tree
+from purecnn.augment import Augment
+from purecnn.eager import is_transformed
+from purecnn.layer import Outputs
+from purecnn.model import Model
+from purecnn.optimizers import Optimizer
+from purecnn.paper import Loss
+from purecnn.precision import Policy
+from purecnn.tree import Tree
+
+__all__ = ["Batch", "Metrics", "Step", "TrainState", "Trainable", "loss_function", "make_step", "partition"]
+
+Batch = tuple[Tensor, Tensor]
+"""Images (batch, channels, height, width), and of each the index of its class (batch,), int64, or its share of each
+class (batch, classes)."""
+Trainable = Callable[[str], bool]
+"""Whether a parameter is trained, by its path, such as ``lambda path: path.startswith("head.")``."""
+
+# By names, because the compiler cannot subscript types in functions inside of functions.
+_Leaves: TypeAlias = dict[str, Tensor]
+_Objective: TypeAlias = tuple[Tensor, tuple[Tree, Tensor, Tensor]]
+
+
+class TrainState(NamedTuple):
+    """All that a training step changes."""
+
+    params: Tree
+    state: Tree
+    opt_state: Tree
+    step: Tensor
+    """How many steps were made: a scalar, int64."""
+    extra: Tree = {}  # noqa: RUF012, nobody writes into it
+    """What some steps keep besides: ``"average"``, a moving average of parameters and statistics, and
+    ``"loss_scale"``."""
+
+    @classmethod
+    def start(
+        cls,
+        params: Tree,
+        state: Tree,
+        optimizer: Optimizer,
+        *,
+        trainable: Trainable | None = None,
+        policy: Policy | None = None,
+        average: bool = False,
+    ) -> "TrainState":
+        """Before the first step.
+
+        Args:
+            params, state: the network's.
+            optimizer: the update rule.
+            trainable: as in `make_step`.
+            policy: as in `make_step`.
+            average: begin a moving average, for a step with an ``average``.
+        """
+        if policy is not None:
+            params = policy.keep(params)
+        trained, _ = partition(params, trainable)
+        step = torch.zeros((), dtype=torch.int64, device=_device(params))
+        extra: Tree = {}
+        if average:
+            extra["average"] = tree.map(torch.clone, {"params": params, "state": state})
+        if policy is not None and policy.scaled:
+            # As torch.amp.GradScaler begins.
+            extra["loss_scale"] = {"scale": torch.full_like(step, 2**16, dtype=torch.float32), "good": step.clone()}
+        return cls(params, state, optimizer.init(tree.unflatten(trained)), step, extra)
+
+    @property
+    def averaged(self) -> tuple[Tree, Tree]:
+        """The parameters and statistics to evaluate: the moving average's if there is one."""
+        if "average" not in self.extra:
+            return self.params, self.state
+        average = self.extra["average"]
+        return average["params"], average.get("state", {})
+
+
+class Metrics(NamedTuple):
+    """What a step says of its batch. Tensors, so that nothing waits for an accelerator unless someone looks."""
+
+    loss: Tensor
+    """What was minimised: the mean over the batch, with smoothing and auxiliary heads."""
+    correct: Tensor
+    """How many images have the largest logit at their label."""
+
+
+class Step(Protocol):
+    """The type of what `make_step` returns."""
+
+    def __call__(
+        self, train_state: TrainState, batch: Batch, key: Tensor | None = None
+    ) -> tuple[TrainState, Metrics]: ...
+
+
+def loss_function(
+    outputs: Tensor | Outputs, labels: Tensor, *, label_smoothing: float = 0.0, aux_weight: float = 0.3
+) -> Tensor:
+    """Cross-entropy, the mean over the batch; auxiliary heads' are added with a weight.
+
+    ``-sum_c q_c log softmax(logits)_c`` with ``q = (1 - label_smoothing) onehot(label) + label_smoothing / classes``.
+
+    Args:
+        outputs: logits (batch, classes), or `Outputs`.
+        labels: (batch,), int64, or shares (batch, classes) in place of ``onehot(label)``.
+        label_smoothing: Szegedy et al., arXiv:1512.00567, section 7.
+        aux_weight: of each auxiliary head; 0.3 is GoogLeNet's (arXiv:1409.4842, section 5).
+    """
+    if not isinstance(outputs, Outputs):
+        return F.cross_entropy(outputs, labels, label_smoothing=label_smoothing)
+    loss = F.cross_entropy(outputs.logits, labels, label_smoothing=label_smoothing)
+    for logits in outputs.aux:
+        loss = loss + aux_weight * F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+    return loss
+
+
+def make_step(
+    model: Model,
+    optimizer: Optimizer,
+    *,
+    loss: Loss | None = None,
+    label_smoothing: float = 0.0,
+    aux_weight: float = 0.3,
+    trainable: Trainable | None = None,
+    statistics: Literal["batch", "running", "global"] = "batch",
+    policy: Policy | None = None,
+    accumulate: int = 1,
+    average: float | None = None,
+    remat: int = 0,
+    augment: Augment | None = None,
+    compile: bool | None = None,
+    donate: bool = False,
+) -> Step:
+    """The training step ``(train_state, batch, key) -> (train_state, metrics)``, a pure function.
+
+    It can be mapped over an ensemble with ``vmap`` and compiled with ``torch.compile(step, fullgraph=True)``. In a
+    process group (`purecnn.distributed`) each process gives its part of the batch, and all get the same train state.
+
+    Args:
+        model: the network.
+        optimizer: the update rule.
+        loss: of outputs and labels; by default the network's own if it has one, else `loss_function`.
+        label_smoothing: see `loss_function`.
+        aux_weight: see `loss_function`.
+        trainable: which parameters to train; by default all. The others stay as they are, and no gradient is
+            computed for them.
+        statistics: what batch normalisation uses: the batch's, or ``"running"`` ones, which then stay frozen, or
+            ``"global"``, those of all processes' batches.
+        policy: types of numbers; with half precision the loss is scaled, and a step whose gradients are infinite
+            changes nothing but the scale.
+        accumulate: work through the batch in so many parts, one after the other, for less memory. The gradient is
+            that of the whole; batch normalisation sees the parts.
+        average: keep a moving average of parameters and statistics, ``a += (1 - d) * (p - a)`` where d rises to this
+            number, ``min(average, (1 + step) / (10 + step))``, as TensorFlow's ``ExponentialMovingAverage`` does.
+        remat: see `Model.apply`.
+        augment: from images as they are stored to what the network sees; part of the step (`purecnn.augment`).
+        compile: compile the gradient with ``torch.compile``; by default if the parameters are on a GPU.
+        donate: overwrite the buffers of the train state's parameters and optimizer state, instead of copying
+            them: faster, but that train state must not be used again. On a CPU, the memory of the gradients is kept
+            from one step to the next, too.
+
+    Returns:
+        The step. Its key may be that of the whole training: the step's number is folded into it. A network
+        that draws no random numbers needs none.
+
+    Raises:
+        ValueError: if settings do not go together.
+    """
+    if accumulate < 1:
+        raise ValueError(f"accumulate must be at least 1, found {accumulate}")
+    if average is not None and not 0 < average < 1:
+        raise ValueError(f"average is between 0 and 1, found {average}")
+    minimised = loss or model.loss
+    if minimised is None:
+        minimised = functools.partial(loss_function, label_smoothing=label_smoothing, aux_weight=aux_weight)
+    elif label_smoothing:
+        raise ValueError(f"label_smoothing is for cross-entropy, and {model.name} is trained with another loss")
+    network = model.apply if policy is None else functools.partial(policy.apply, model)
+
+    def gradient(
+        trained: _Leaves,
+        frozen: _Leaves,
+        state: Tree,
+        batch: Batch,
+        key: Tensor | None,
+        counts: tuple[Tensor, ...],
+        scale: Tensor | None,
+    ) -> tuple[_Leaves, Tree, Metrics]:
+        images, labels = batch
+        if key is not None:
+            for count in counts:
+                key = random.fold_in(key, count)
+        if augment is not None:
+            if key is None:
+                raise ValueError("augmentation draws random numbers: pass key=purecnn.random.key(seed)")
+            images = augment(images, random.fold_in(key, 0))
+
+        def objective(trained: _Leaves) -> _Objective:
+            params = tree.unflatten({**frozen, **trained})
+            outputs, after = network(params, state, images, train=True, key=key, statistics=statistics, remat=remat)
+            logits = outputs.logits if isinstance(outputs, Outputs) else outputs
+            value = minimised(outputs, labels)
+            truth = labels if labels.ndim == 1 else labels.argmax(1)
+            return value if scale is None else value * scale, (after, (logits.argmax(1) == truth).sum(), value)
+
+        if is_transformed(images, *trained.values(), *frozen.values()):
+            grads, (_, (after, correct, value)) = torch.func.grad_and_value(objective, has_aux=True)(trained)
+            return grads, after, Metrics(value, correct)
+        # torch.func keeps what a second derivative would need, which takes up to a tenth of a step's time. Where
+        # nobody differentiates or maps the step, torch.autograd does the same without.
+        with torch.enable_grad():
+            leaves = {path: leaf.detach().requires_grad_() for path, leaf in trained.items()}
+            total, (after, correct, value) = objective(leaves)
+            found = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
+        return dict(zip(leaves, found, strict=True)), tree.map(torch.detach, after), Metrics(value.detach(), correct)
+
+    @functools.cache  # at the first use: to import the compiler takes seconds
+    def compiled() -> Callable[..., tuple[_Leaves, Tree, Metrics]]:
+        return torch.compile(gradient, fullgraph=True)
+
+    # The last gradients stay until the next step begins. If they were freed after the update, the C library would give
+    # their memory back to the system, and the next step would lose up to a tenth of its time to get it again.
+    spare: list[Tensor] = []
+
+    def step(train_state: TrainState, batch: Batch, key: Tensor | None = None) -> tuple[TrainState, Metrics]:
+        params, state, opt_state, count, extra = train_state
+        trained, frozen = partition(params, trainable)
+        # Compilation is for the outermost function: inside another's it is superfluous, inside vmap impossible.
+        wanted = count.is_cuda if compile is None else compile
+        run = compiled() if wanted and not is_transformed() else gradient
+        spare.clear()
+        scale = extra["loss_scale"]["scale"] if policy is not None and policy.scaled else None
+        many = distributed.world_size() > 1
+        part = distributed.share(len(batch[1]), count.device) if many else None
+        if part is not None:
+            scale = part if scale is None else part * scale
+        if accumulate == 1:
+            grads, after, metrics = run(trained, frozen, state, batch, key, (count,), scale)
+        else:
+            grads, after, metrics = _accumulated(run, trained, frozen, state, batch, key, count, scale, accumulate)
+        if part is not None:
+            grads, after, metrics = _joined(grads, after, metrics, part)
+
+        before = params
+        if scale is None or "loss_scale" not in extra:
+            updated, opt_state = optimizer.update(grads, opt_state, trained, donate=donate)
+        else:
+            updated, opt_state, after, scaling = _unless_infinite(
+                optimizer, grads, opt_state, trained, (state, after), extra["loss_scale"]
+            )
+            extra = {**extra, "loss_scale": scaling}
+        if donate and count.is_cpu and not is_transformed():
+            spare[:] = grads.values()
+        # In the order of the tree that came in.
+        params = tree.unflatten({**tree.flatten(before), **tree.flatten(updated)})
+        if average is not None:
+            extra = {**extra, "average": _averaged(extra, params, after, average, count)}
+        return TrainState(params, after, opt_state, count + 1, extra), metrics
+
+    return step
+
+
+def _accumulated(
+    run: Callable[..., tuple[_Leaves, Tree, Metrics]],
+    trained: _Leaves,
+    frozen: _Leaves,
+    state: Tree,
+    batch: Batch,
+    key: Tensor | None,
+    count: Tensor,
+    scale: Tensor | None,
+    parts: int,
+) -> tuple[_Leaves, Tree, Metrics]:
+    """The gradient of a batch, part by part."""
+    images = len(batch[1])
+    chunks = list(zip(*(each.chunk(parts) for each in batch), strict=True))
+    total: _Leaves = {}
+    loss = correct = torch.zeros((), device=count.device)
+    for i, chunk in enumerate(chunks):
+        share = len(chunk[1]) / images
+        counts = (count, torch.full_like(count, i))
+        grads, state, metrics = run(trained, frozen, state, chunk, key, counts, scale)
+        grads = {path: grad * share for path, grad in grads.items()}
+        total = {path: total[path] + grad for path, grad in grads.items()} if total else grads
+        loss, correct = loss + metrics.loss * share, correct + metrics.correct
+    return total, state, Metrics(loss, correct.to(torch.int64))
+
+
+def _joined(grads: _Leaves, state: Tree, metrics: Metrics, part: Tensor) -> tuple[_Leaves, Tree, Metrics]:
+    """Gradients, statistics and metrics of all processes; gradients have been scaled by ``part`` already."""
+    flat = tree.flatten(state)
+    shares = {path: leaf * part for path, leaf in flat.items() if leaf.is_floating_point()}
+    mine = {
+        **{f"grads.{path}": grad for path, grad in grads.items()},
+        **{f"state.{path}": leaf for path, leaf in shares.items()},
+        "loss": metrics.loss * part,
+        "correct": metrics.correct.to(metrics.loss.dtype),
+    }
+    sums = distributed.total(mine)
+    state = tree.unflatten({path: sums.get(f"state.{path}", leaf) for path, leaf in flat.items()})
+    grads = {path: sums[f"grads.{path}"] for path in grads}
+    return grads, state, Metrics(sums["loss"], sums["correct"].to(torch.int64))
+
+
+def _unless_infinite(
+    optimizer: Optimizer,
+    grads: _Leaves,
+    opt_state: Tree,
+    trained: _Leaves,
+    states: tuple[Tree, Tree],
+    scaling: Tree,
+) -> tuple[Tree, Tree, Tree, Tree]:
+    """The update by gradients of a scaled loss. Where some are infinite all stays, and the scale is halved.
+
+    It is doubled after 2,000 good steps, as in torch.amp.GradScaler.
+    """
+    scale, good = scaling["scale"], scaling["good"]
+    grads = {path: grad / scale for path, grad in grads.items()}
+    finite = torch.stack([grad.isfinite().all() for grad in grads.values()]).all()
+    updated, new_state = optimizer.update(grads, opt_state, trained)
+
+    def keep(new: Tensor, old: Tensor) -> Tensor:
+        return torch.where(finite, new, old)
+
+    good = torch.where(finite, good + 1, 0)
+    grown = good == 2000
+    scale = torch.where(finite, torch.where(grown, 2 * scale, scale), scale / 2)
+    updated = {path: keep(leaf, trained[path]) for path, leaf in tree.flatten(updated).items()}
+    opt_state = tree.map(keep, new_state, opt_state)
+    return updated, opt_state, tree.map(keep, *reversed(states)), {"scale": scale, "good": torch.where(grown, 0, good)}
+
+
+def _averaged(extra: Tree, params: Tree, state: Tree, decay: float, count: Tensor) -> Tree:
+    if "average" not in extra:
+        raise ValueError("there is no average yet: begin with TrainState.start(..., average=True)")
+    weight = 1 - ((1 + count) / (10 + count)).clamp(max=decay)
+
+    def nearer(mean: Tensor, leaf: Tensor) -> Tensor:
+        return mean.lerp(leaf, weight.to(mean.dtype)) if mean.is_floating_point() else leaf
+
+    return tree.map(nearer, extra["average"], {"params": params, "state": state})
+
+
+def partition(params: Tree, trainable: Trainable | None) -> tuple[_Leaves, _Leaves]:
+    """The leaves to train and the others, by path.
+
+    Raises:
+        ValueError: if there are none to train.
+    """
+    leaves = tree.flatten(params)
+    if trainable is None:
+        return leaves, {}
+    trained = {path: leaf for path, leaf in leaves.items() if trainable(path)}
+    if not trained:
+        raise ValueError(f"trainable chooses no parameter; paths are {', '.join(list(leaves)[-3:])} and the like")
+    return trained, {path: leaf for path, leaf in leaves.items() if path not in trained}
+
+
+def _device(params: Tree) -> torch.device:
+    leaf: Tensor = next(iter(tree.flatten(params).values()))
+    return leaf.device

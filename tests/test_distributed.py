@@ -1,0 +1,124 @@
+"""Two processes of torch.distributed are one process with the joined batch."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from typer.testing import CliRunner
+
+from converters import cli, files
+from purecnn import data, distributed, random, serial
+from purecnn.layers import batch_norm, conv, relu
+from purecnn.optimizers import sgd
+from purecnn.step import TrainState, make_step
+from purecnn.training import evaluate
+from tests.test_training import FORKED, batch, head, leaves, model_of
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
+
+QUIET = model_of(serial(stem=serial(conv=conv(4, 3), norm=batch_norm(), relu=relu), head=head()))
+"""Without dropout: a mask's shape is that of the part, so its draws are not the whole batch's."""
+CASES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "synchronized": (QUIET, {"statistics": "global"}),
+    "frozen": (QUIET, {"statistics": "running"}),
+    "no norm": (FORKED, {"accumulate": 2, "average": 0.9}),
+}
+
+
+def trained(name: str, part: tuple[int, int]) -> TrainState:
+    """After 20 steps."""
+    model, settings = CASES[name]
+    optimizer = sgd(0.05, momentum=0.9)
+    step = make_step(model, optimizer, **settings)
+    now = TrainState.start(*model.init(random.key(0)), optimizer, average="average" in settings)
+    for i in range(20):
+        # Seven images: one process has one more than the other.
+        images, labels = batch(i, 7)
+        index, parts = part
+        now, metrics = step(now, (images[index::parts], labels[index::parts]), random.key(1))
+    found = evaluate(model, *now.averaged, [tuple(each[part[0] :: part[1]] for each in batch(50, 9))])  # type: ignore[list-item]
+    sums = torch.tensor([found.loss, found.accuracy, float(metrics.loss), float(metrics.correct)])
+    return now._replace(extra={**now.extra, "sums": {"": sums}})
+
+
+def work(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    assert (distributed.rank(), distributed.world_size()) == (rank, 2)
+    assert distributed.agreed(rank == 1)
+    assert not distributed.agreed(False)
+    assert distributed.from_first(rank) == 0
+    for name in CASES:
+        found = leaves(trained(name, (rank, 2)))
+        torch.save(found, f"{folder}/{name}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_are_one(tmp_path: Path) -> None:
+    mp.spawn(work, (str(tmp_path),), nprocs=2)
+    for name in CASES:
+        alone = leaves(trained(name, (0, 1)))
+        for rank in (0, 1):
+            together = torch.load(tmp_path / f"{name}-{rank}.pt", weights_only=True)
+            for x, y in zip(together, alone, strict=True):
+                torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
+
+
+def test_parts_make_up_the_batch() -> None:
+    digits = data.load("digits")
+    transform = digits.preprocessing.evaluation()
+    key = random.key(0)
+    whole = list(data.batches(digits.test, transform, 50, key=key))
+    parts = [list(data.batches(digits.test, transform, 50, key=key, part=(i, 3))) for i in range(3)]
+    for i, (images, labels) in enumerate(whole):
+        assert sum(len(part[i][1]) for part in parts) == len(labels)
+        for j, part in enumerate(parts):
+            assert torch.equal(part[i][0], images[j::3])
+    few = [list(data.batches(digits.test, transform, 358, key=key, part=(i, 3))) for i in range(3)]
+    assert all(torch.equal(part[1][0], few[0][1][0]) for part in few)  # two pictures for three processes
+
+
+def test_a_killed_worker_is_started_again_and_the_run_ends_the_same(tmp_path: Path) -> None:
+    words = ["train", "lenet5", "--data", "digits", "--epochs", "2", "--batch-size", "128", "--resume"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    folder = tmp_path / "killed"
+    process = subprocess.Popen(
+        [
+            *torchrun,
+            "--max-restarts",
+            "1",
+            "-m",
+            "converters.cli",
+            *words,
+            "--out",
+            str(folder),
+            "--checkpoint-every",
+            "0",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    while process.poll() is None and not list((folder / "states").glob("*.safetensors")):
+        time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    if not children.exists():
+        process.kill()
+        pytest.skip("this system does not list a process's children in /proc")
+    os.kill(int(children.read_text().split()[-1]), signal.SIGKILL)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output.decode()
+    result = CliRunner().invoke(cli.app, [*words, "--out", str(tmp_path / "alone")])
+    assert result.exit_code == 0, result.output
+    (after,), (alone,) = ((tmp_path / name / "states").iterdir() for name in ("killed", "alone"))
+    assert after.name == alone.name == "00000024.safetensors"
+    for key, leaf in files.read(alone).items():
+        torch.testing.assert_close(files.read(after)[key], leaf, rtol=1e-4, atol=1e-4)

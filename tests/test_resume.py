@@ -1,0 +1,182 @@
+"""A run that was killed, stopped or moved goes on as if nothing had happened."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from typer.testing import CliRunner, Result
+
+from converters import cli, files, states, train_command
+from converters.files import FileError
+from purecnn import random
+
+TRAIN = ("train", "lenet5", "--data", "digits", "--epochs", "2", "--batch-size", "128")
+"""24 steps."""
+
+
+def call(*words: str) -> Result:
+    return CliRunner().invoke(cli.app, list(words))
+
+
+def final(folder: Path) -> dict[str, Tensor]:
+    """All tensors of where a run stands."""
+    (path,) = (folder / "states").iterdir()
+    return files.read(path)
+
+
+def best(folder: Path) -> dict[str, Tensor]:
+    return files.read(folder / "checkpoint.safetensors")
+
+
+def rows(folder: Path) -> list[list[str]]:
+    """``metrics.csv`` without the seconds."""
+    return [line.split(",")[:-1] for line in (folder / "metrics.csv").read_text().splitlines()]
+
+
+def assert_same(a: Path, b: Path) -> None:
+    for one, other in ((final(a), final(b)), (best(a), best(b))):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one)
+    assert rows(a) == rows(b)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    result = call(*TRAIN, "--out", str(folder))
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+EXTRAS = {
+    "plain": (),
+    "average": ("--average", "0.9", "--mixup", "0.2", "--cutmix", "1", "--clip", "1", "--label-smoothing", "0.1"),
+    "phases": ("--head-epochs", "1", "--stage-epochs", "0", "--optimizer", "sgd", "--stage-decay", "0.5"),
+    "half": ("--precision", "float16", "--accumulate", "2", "--channels-last", "--remat"),
+}
+
+
+@pytest.mark.parametrize("name", EXTRAS)
+def test_a_stopped_run_goes_on_bit_for_bit(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped by the signal after some steps; again and again in one folder."""
+    moments = (1, 12, 19)  # the first, the last of an epoch, and in the midst of one
+    words = (*TRAIN, *EXTRAS[name])
+    assert call(*words, "--out", str(tmp_path / "whole")).exit_code == 0
+    steps = 0
+    update = train_command.Progress.update
+
+    def interrupt(*args: Any, **kwargs: Any) -> None:
+        nonlocal steps
+        if "completed" in kwargs:
+            steps += 1
+            if steps in moments:
+                os.kill(os.getpid(), signal.SIGTERM)
+        update(*args, **kwargs)
+
+    monkeypatch.setattr(train_command.Progress, "update", interrupt)
+    part = tmp_path / "part"
+    for _ in moments:
+        result = call(*words, "--out", str(part), "--resume")
+        assert result.exit_code == 128 + signal.SIGTERM, result.output
+        assert "--resume goes on bit for bit" in result.output
+    result = call(*words, "--out", str(part), "--resume")
+    assert result.exit_code == 0, result.output
+    assert steps == 24
+    assert_same(tmp_path / "whole", part)
+
+
+def start(*words: str) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "converters.cli", *words],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # as in this process: sums in the same order
+    )
+
+
+def wait_for_progress(folder: Path, before: set[str], process: "subprocess.Popen[bytes]") -> None:
+    """Until a file that was not there tells of a further step, or the process has ended."""
+    while process.poll() is None:
+        if {path.name for path in (folder / "states").glob("*.safetensors")} - before:
+            return
+        time.sleep(0.01)
+
+
+def kill_repeatedly(folder: Path, times: int, whole: Path) -> None:
+    words = (*TRAIN, "--out", str(folder), "--resume", "--checkpoint-every", "0")
+    delays = (random.uniform(random.key(times), (times,)) * 0.3).tolist()
+    for delay in delays:
+        before = {path.name for path in (folder / "states").glob("*.safetensors")}
+        process = start(*words)
+        wait_for_progress(folder, before, process)
+        time.sleep(delay)
+        process.kill()
+        process.wait()
+        for path in folder.rglob("*.safetensors"):
+            if not path.name.startswith("."):  # those are not yet in their place
+                files.read(path)
+        if (folder / "config.json").exists():
+            json.loads((folder / "config.json").read_text())
+        standing = states.load(folder / "states")
+        assert standing is None or standing.position.epoch <= 3
+    result = call(*words)
+    assert result.exit_code == 0, result.output
+    assert_same(whole, folder)
+
+
+def test_a_killed_run_goes_on_bit_for_bit(whole: Path, tmp_path: Path) -> None:
+    kill_repeatedly(tmp_path / "killed", 2, whole)
+
+
+@pytest.mark.slow
+def test_a_run_killed_twenty_times_goes_on_bit_for_bit(whole: Path, tmp_path: Path) -> None:
+    kill_repeatedly(tmp_path / "killed", 20, whole)
+
+
+def test_a_finished_run_is_left_as_it_is(whole: Path) -> None:
+    before = final(whole)
+    result = call(*TRAIN, "--out", str(whole), "--resume")
+    assert result.exit_code == 0, result.output
+    assert all(torch.equal(leaf, before[key]) for key, leaf in final(whole).items())
+
+
+def test_other_options_are_refused(whole: Path) -> None:
+    words = [*TRAIN[:-1], "64", "--seed", "3", "--out", str(whole), "--resume"]
+    result = call(*words)
+    assert result.exit_code != 0
+    assert "batch_size was 128 and is 64, seed was 0 and is 3" in str(result.exception)
+    assert call(*TRAIN, "--out", str(whole), "--resume", "--workers", "0", "--device", "cpu").exit_code == 0
+
+
+def test_misuse(tmp_path: Path) -> None:
+    result = call(*TRAIN, "--resume")
+    assert result.exit_code == 2
+    assert "needs its folder" in " ".join(re.sub("[│╭╮╰╯─]", " ", result.output).split())
+
+
+def test_the_last_files_are_kept(tmp_path: Path) -> None:
+    result = call(*TRAIN, "--out", str(tmp_path / "run"), "--checkpoint-every", "0", "--keep", "3")
+    assert result.exit_code == 0, result.output
+    assert sorted(path.stem for path in (tmp_path / "run" / "states").iterdir()) == ["00000022", "00000023", "00000024"]
+
+
+def test_damaged_files_are_named(whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "states"
+    folder.mkdir()
+    assert states.load(folder) is None
+    (folder / "00000001.safetensors").write_bytes(b"not at all")
+    with pytest.raises(FileError, match=r"00000001\.safetensors is damaged"):
+        states.load(folder)
+    files.write(folder / "00000002.safetensors", {"x": torch.zeros(1)})
+    with pytest.raises(FileError, match="does not hold where a run"):
+        states.load(folder)

@@ -1,0 +1,264 @@
+"""Laws of what a training step may do besides: types of numbers, parts of a batch, averages, recomputation."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import grad, vmap
+
+import purecnn
+from purecnn import augment, random, tree
+from purecnn.optimizers import adamw, sgd
+from purecnn.precision import POLICIES, Policy
+from purecnn.remat import rematerialize
+from purecnn.step import TrainState, make_step
+from tests.test_training import FORKED, TINY, batch, close, equal, start
+
+# Rematerialisation -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("model", [TINY, FORKED], ids=["tiny", "forked"])
+def test_recomputing_changes_nothing(model: Any, depth: int) -> None:
+    optimizer = sgd(0.1, momentum=0.9)
+    plain, saving = make_step(model, optimizer), make_step(model, optimizer, remat=depth)
+    a, b = start(model, optimizer), start(model, optimizer)
+    for i in range(3):
+        a, first = plain(a, batch(i), random.key(1))
+        b, second = saving(b, batch(i), random.key(1))
+        assert torch.equal(first.loss, second.loss)
+    assert equal(a, b)
+    assert tree.map(lambda leaf: leaf.shape, a.state) == tree.map(lambda leaf: leaf.shape, b.state)
+
+
+def test_recomputing_goes_with_every_transformation() -> None:
+    params, state = TINY.init(random.key(0))
+    images, labels = batch(0)
+
+    def loss(params: Any, image: Tensor, label: Tensor, key: Tensor, remat: int) -> Tensor:
+        logits, _ = TINY.apply(params, state, image[None], train=True, statistics="running", key=key, remat=remat)
+        return F.cross_entropy(logits, label[None])
+
+    def per_sample(remat: int) -> Any:
+        # Each image with a key of its own, so the recomputation is mapped over keys, too.
+        keys = random.split(random.key(1), len(images))
+        return vmap(lambda i, t, k: grad(loss)(params, i, t, k, remat))(images, labels, keys)
+
+    tree.map(torch.testing.assert_close, per_sample(2), per_sample(0))
+
+    def hessian_vector(remat: int) -> Any:
+        def slope(params: Any) -> Tensor:
+            first = grad(loss)(params, images[0], labels[0], random.key(1), remat)
+            return sum(leaf.square().sum() for leaf in tree.flatten(first).values())
+
+        return grad(slope)(params)
+
+    tree.map(torch.testing.assert_close, hessian_vector(2), hessian_vector(0))
+
+
+def test_recomputing_keeps_only_what_goes_in() -> None:
+    kept: list[tuple[int, ...]] = []
+
+    def function(x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return x.sin().cos().exp(), {}
+
+    x = torch.ones(3, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):  # type: ignore[func-returns-value]
+        y, _ = rematerialize(function, x)
+    assert kept == [(3,)]
+    y.sum().backward()
+    again = torch.ones(3, requires_grad=True)
+    function(again)[0].sum().backward()
+    assert x.grad is not None
+    assert again.grad is not None
+    assert torch.equal(x.grad, again.grad)
+
+
+# Types of numbers --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_types_are_those_of_the_policy(name: str) -> None:
+    policy = POLICIES[name]
+    params, state = TINY.init(random.key(0))
+    images, _ = batch(0)
+    inside: set[torch.dtype] = set()
+
+    def tap(path: str, x: Any, y: Tensor) -> Tensor:
+        inside.add(y.dtype)
+        return y
+
+    for statistics in ("batch", "running"):
+        settings: dict[str, Any] = {"train": True, "statistics": statistics, "key": random.key(0)}
+        inside.clear()
+        logits, after = policy.apply(TINY, params, state, images, tap=tap, **settings)
+        assert logits.dtype == torch.float32
+        assert inside - {torch.bool} == {policy.compute}
+        assert {leaf.dtype for leaf in tree.flatten(after).values()} == {torch.float32, torch.int64}
+        inside.clear()
+        mapped, states = vmap(lambda x: policy.apply(TINY, params, state, x, tap=tap, **settings))(images[None])  # noqa: B023
+        assert mapped.dtype == logits.dtype
+        assert inside - {torch.bool} == {policy.compute}
+        assert tree.map(lambda leaf: leaf.dtype, states) == tree.map(lambda leaf: leaf.dtype, after)
+        torch.testing.assert_close(mapped[0], logits, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+def test_short_numbers_train_nearly_as_long_ones_do(name: str) -> None:
+    optimizer = sgd(0.05)
+    long, short = make_step(TINY, optimizer), make_step(TINY, optimizer, policy=POLICIES[name])
+    a, b = start(TINY, optimizer), start(TINY, optimizer, policy=POLICIES[name])
+    for i in range(20):
+        a, first = long(a, batch(i, 30), random.key(1))
+        b, second = short(b, batch(i, 30), random.key(1))
+        torch.testing.assert_close(first.loss, second.loss, rtol=0.05, atol=0.02)
+    assert {leaf.dtype for leaf in tree.flatten(b.params).values()} == {torch.float32}
+
+
+def test_an_infinite_gradient_changes_the_scale_alone() -> None:
+    policy = POLICIES["float16"]
+    optimizer = adamw(0.01)
+    step = make_step(TINY, optimizer, policy=policy)
+    before = start(TINY, optimizer, policy=policy)
+    scale = before.extra["loss_scale"]["scale"]
+    huge = before._replace(extra={"loss_scale": {"scale": scale * 2.0**20, "good": torch.tensor(5)}})
+    after, _ = step(huge, batch(0), random.key(1))
+    for name in ("params", "state", "opt_state"):
+        tree.map(lambda x, y: torch.equal(x, y) or pytest.fail("changed"), getattr(after, name), getattr(before, name))
+    assert after.extra["loss_scale"] == {"scale": scale * 2.0**19, "good": torch.tensor(0)}
+    ready = before._replace(extra={"loss_scale": {"scale": scale, "good": torch.tensor(1999)}})
+    after, _ = step(ready, batch(0), random.key(1))
+    assert after.extra["loss_scale"] == {"scale": 2 * scale, "good": torch.tensor(0)}
+
+
+def test_parameters_can_be_kept_in_short_numbers() -> None:
+    policy = Policy(parameters=torch.bfloat16, compute=torch.bfloat16)
+    optimizer = sgd(0.1, momentum=0.9)
+    before = start(TINY, optimizer, policy=policy)
+    after, _ = make_step(TINY, optimizer, policy=policy)(before, batch(0), random.key(1))
+    assert {leaf.dtype for leaf in tree.flatten(after.params).values()} == {torch.bfloat16}
+
+
+# Parts of a batch --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parts", [2, 3, 6])
+def test_accumulated_parts_are_the_whole(parts: int) -> None:
+    optimizer = sgd(0.1)
+    settings: dict[str, Any] = {"statistics": "running"}
+    model = FORKED
+    whole = make_step(model, optimizer, **settings)(start(model, optimizer), batch(0, 7))
+    split = make_step(model, optimizer, accumulate=parts, **settings)(start(model, optimizer), batch(0, 7))
+    close(whole[0], split[0])
+    torch.testing.assert_close(whole[1].loss, split[1].loss)
+    assert whole[1].correct == split[1].correct
+    with pytest.raises(ValueError, match="accumulate must be at least 1, found 0"):
+        make_step(model, optimizer, accumulate=0)
+
+
+def test_accumulated_parts_draw_differently_and_move_the_statistics_each() -> None:
+    optimizer = sgd(0.0)
+    images, labels = batch(0)
+    twice = torch.cat([images, images]), torch.cat([labels, labels])
+    after, _ = make_step(TINY, optimizer, accumulate=2)(start(TINY, optimizer), twice, random.key(1))
+    assert after.state["stem"]["norm"]["count"] == 2
+    assert after.step == 1
+
+
+# Averages ----------------------------------------------------------------------------------------------------
+
+
+def test_the_average_follows() -> None:
+    optimizer = sgd(0.1)
+    step = make_step(TINY, optimizer, average=0.5)
+    now = start(TINY, optimizer, average=True)
+    params, state = now.averaged
+    for i in range(8):
+        now, _ = step(now, batch(i), random.key(1))
+        weight = 1 - min(0.5, (1 + i) / (10 + i))
+        params = tree.map(lambda mean, leaf, w=weight: mean + w * (leaf - mean), params, now.params)
+        state = tree.map(
+            lambda mean, leaf, w=weight: mean + w * (leaf - mean) if leaf.is_floating_point() else leaf,
+            state,
+            now.state,
+        )
+    tree.map(torch.testing.assert_close, now.averaged[0], params)
+    tree.map(torch.testing.assert_close, now.averaged[1], state)
+    assert now.averaged[1]["stem"]["norm"]["count"] == 8
+    with pytest.raises(ValueError, match="there is no average yet"):
+        step(start(TINY, optimizer), batch(0), random.key(1))
+    with pytest.raises(ValueError, match="average is between 0 and 1, found 1"):
+        make_step(TINY, optimizer, average=1.0)
+
+
+# Losses and labels -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["lecun1989", "lenet5_1998"])
+def test_networks_are_trained_with_their_own_loss(name: str) -> None:
+    model = purecnn.create(name)
+    assert model.loss is not None
+    optimizer = sgd(0.01)
+    before = TrainState.start(*model.init(random.key(0)), optimizer)
+    images, labels = torch.rand(4, 1, model.image_size, model.image_size), torch.arange(4)
+    after, metrics = make_step(model, optimizer)(before, (images, labels))
+    outputs, _ = model.apply(before.params, before.state, images)
+    torch.testing.assert_close(metrics.loss, model.loss(outputs, labels))
+    assert make_step(model, optimizer, loss=F.cross_entropy)(before, (images, labels))[1].loss != metrics.loss
+    with pytest.raises(ValueError, match=f"{name} is trained with another loss"):
+        make_step(model, optimizer, label_smoothing=0.1)
+    assert after.step == 1
+
+
+def test_shares_of_classes_are_labels_too() -> None:
+    optimizer = sgd(0.1)
+    images, labels = batch(0)
+    shares = F.one_hot(labels, 3).float()
+    a, first = make_step(TINY, optimizer)(start(TINY, optimizer), (images, labels), random.key(1))
+    b, second = make_step(TINY, optimizer)(start(TINY, optimizer), (images, shares), random.key(1))
+    close(a, b)
+    assert first.correct == second.correct
+
+
+# Augmentation ------------------------------------------------------------------------------------------------
+
+
+def test_augmentation_is_part_of_the_step() -> None:
+    optimizer = sgd(0.1)
+    images = torch.randint(0, 256, (6, 1, 8, 8), dtype=torch.uint8)
+    labels = torch.arange(6) % 3
+    vary = augment.chain(augment.crop(2), augment.flip, augment.normalize([0.5], [0.25]))
+    step = make_step(TINY, optimizer, augment=vary)
+    after, _ = step(start(TINY, optimizer), (images, labels), random.key(1))
+    key = random.fold_in(random.key(1), 0)
+    varied = vary(images, random.fold_in(key, 0))
+    by_hand, _ = make_step(TINY, optimizer)(start(TINY, optimizer), (varied, labels), random.key(1))
+    assert equal(after, by_hand)
+    with pytest.raises(ValueError, match="pass key="):
+        step(start(TINY, optimizer), (images, labels))
+
+
+def test_crops_are_windows_of_the_padded_image() -> None:
+    images = torch.arange(1, 1 + 5 * 36).reshape(5, 1, 6, 6)
+    for mode in ("constant", "reflect"):
+        wide = F.pad(images.float(), (2,) * 4, mode=mode).long()
+        cropped = augment.crop(2, mode)(images, random.key(3))
+        assert cropped.dtype == images.dtype
+        for image, window in zip(wide, cropped, strict=True):
+            found = image.unfold(1, 6, 1).unfold(2, 6, 1)[0]
+            assert (found == window).flatten(2).all(2).any()
+    many = torch.arange(36).reshape(1, 1, 6, 6).expand(500, 1, 6, 6)
+    corners = augment.crop(2, "reflect")(many, random.key(0))[:, 0, 0, 0]
+    assert len(corners.unique()) == 9  # 5x5 places, of which reflection makes some alike
+
+
+def test_cutout_hides_one_square() -> None:
+    cut = augment.cutout(3)(torch.ones(50, 2, 8, 8), random.key(0))
+    hidden = (cut == 0).all(1).flatten(1).sum(1)
+    assert ((hidden >= 4) & (hidden <= 9)).all()
+    assert torch.equal(cut[:, 0], cut[:, 1])
+    compiled = torch.compile(augment.cutout(3), fullgraph=True, backend="aot_eager")
+    torch.compiler.reset()
+    assert torch.equal(compiled(torch.ones(50, 2, 8, 8), random.key(0)), cut)
