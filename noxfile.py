@@ -69,9 +69,9 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """The races against torchvision; the figures go to ``docs/benchmarks.md``."""
+    """The races against other libraries; the figures go to ``docs/benchmarks.md``."""
     session.install(".")
-    session.run("python", "-m", "tests.benchmarks.cpu", *session.posargs)
+    session.run("python", "-m", "tests.benchmarks", *session.posargs)
 
 
 @nox.session

@@ -280,7 +280,7 @@ class _Run:
                 label_smoothing=options.label_smoothing,
                 statistics=("global" if options.synchronize else "batch") if whole else "running",
                 accumulate=options.accumulate,
-                remat=2 if options.remat else 0,
+                remat=options.remat,
                 compile=options.compile,
             )
         finally:

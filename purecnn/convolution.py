@@ -19,10 +19,8 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 
 __all__ = ["conv2d"]
 
-MANY_PIXELS = 1 << 15
+MANY_PIXELS = 1 << 16
 """Numbers of one member's images from which on a convolution of its own is worth the call."""
-MANY_WEIGHTS = 1 << 18
-"""The same of its weights."""
 
 
 class Geometry(NamedTuple):
@@ -35,6 +33,8 @@ class Geometry(NamedTuple):
     """Height and width of the input, pixels."""
     kernel: tuple[int, int]
     """Height and width of the kernel, pixels."""
+    channels: int
+    """Of the input."""
 
 
 def conv2d(
@@ -58,7 +58,7 @@ def conv2d(
     if torch.compiler.is_compiling() or not _is_mapped(weight):
         return torch.conv2d(x, weight, bias, stride, padding, 1, groups)
     height, width, rows, columns = *x.shape[-2:], *weight.shape[-2:]
-    geometry = Geometry(stride, padding, groups, (height, width), (rows, columns))
+    geometry = Geometry(stride, padding, groups, (height, width), (rows, columns), x.shape[1])
     if groups == 1 and geometry.image == geometry.kernel == (1, 1) and padding == (0, 0):
         return F.linear(x[..., 0, 0], weight[..., 0, 0], bias)[..., None, None]
     # Images that all members share are convolved with one wide kernel already.
@@ -72,17 +72,13 @@ def _one_by_one(x: torch.Size, weight: torch.Size, geometry: Geometry) -> bool:
     """Whether one member's convolution should come after the other's; the shapes are those of one member.
 
     On a CPU torch has no fast kernel for groups of channels that are no multiples of the eight numbers of a register.
-    Nor has it one for the weights' gradient in groups where there are more weights than pixels. The way around costs a
-    millisecond of Python for a convolution and each of its derivatives, so it is for large ones.
+    The way around costs about a millisecond of Python, for the convolution and for each of its derivatives.
     """
-    if geometry.groups > 1:
-        return False
-    (batch, channels, *_), features = x, weight[0]
+    batch, features = x[0], weight[0]
     sides = zip(geometry.image, geometry.padding, geometry.kernel, strict=True)
     output = batch * features * math.prod((n + 2 * pad - k) // geometry.stride + 1 for n, pad, k in sides)
-    pixels = max(x.numel(), output)
-    odd = channels % 8 > 0 or features % 8 > 0
-    return (odd and pixels >= MANY_PIXELS) or weight.numel() >= max(pixels, MANY_WEIGHTS)
+    odd = geometry.channels % 8 > 0 or features % 8 > 0
+    return odd and geometry.groups == 1 and max(x.numel(), output) >= MANY_PIXELS
 
 
 def _is_mapped(tensor: Tensor) -> bool:
@@ -95,13 +91,14 @@ def _is_mapped(tensor: Tensor) -> bool:
 
 
 def _product(x: Any, weight: Any, signal: Any, bias: Any, geometry: Geometry) -> Tensor:
-    stride, padding, groups, image, kernel = geometry
+    """The one of the three that is None, see `_Product`; a convolution is the case without a signal."""
+    stride, padding, groups, image, kernel, channels = geometry
     if signal is None:
         return torch.conv2d(x, weight, bias, stride, padding, 1, groups)
     if x is None:
-        shape = [len(signal), weight.shape[1] * groups, *image]
+        shape = [len(signal), channels, *image]
         return conv2d_input(shape, weight, signal, stride, padding, 1, groups)  # type: ignore[no-untyped-call]
-    shape = [signal.shape[1], x.shape[1] // groups, *kernel]
+    shape = [signal.shape[1], channels // groups, *kernel]
     return conv2d_weight(x, shape, signal, stride, padding, 1, groups)  # type: ignore[no-untyped-call]
 
 
@@ -152,9 +149,10 @@ class _Product(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Tensor, int]:
         *operands, geometry = inputs
         dims = in_dims[:-1]
-        # The gradient of images of few channels, such as the first ones, is slow for one member, too.
-        narrow = operands[0] is None and operands[1].shape[-3] * geometry.groups < 4
-        if narrow or sum(dim is not None for dim in dims[:3]) < 2:
+        # For one member alone, the gradient of images of few channels is as slow, and threads that sum up the weights'
+        # gradient wait for each other.
+        slow_alone = operands[1] is None or (operands[0] is None and geometry.channels < 4)
+        if slow_alone or sum(dim is not None for dim in dims[:3]) < 2:
             run = torch.vmap(lambda x, weight, signal, bias: _product(x, weight, signal, bias, geometry), dims)
             return run(*operands), 0
         columns = [

@@ -68,8 +68,9 @@ class Mode(NamedTuple):
     synchronized: bool = False
     """A batch's statistics are those of all processes' batches together; see `purecnn.distributed`."""
     around: Around | None = None
-    remat: int = 0
-    """Layers so many names below do not keep what the backward pass needs, but compute it again; 0: none do."""
+    remat: bool = False
+    """Blocks do not keep what the backward pass needs, but compute it again. A block is a named layer that is no list
+    of numbered ones: an element of such a list, or a part of the network that has none."""
     path: str = ""
     """The names from the root to this layer, joined by dots."""
 
@@ -79,7 +80,7 @@ class Mode(NamedTuple):
         if key is None and tap is None and around is None and not remat:
             return self
         path = f"{path}.{name}" if path else name
-        return Mode(train, batch_statistics, key, tap, law, norm, synchronized, around, max(remat - 1, 0), path)
+        return Mode(train, batch_statistics, key, tap, law, norm, synchronized, around, remat, path)
 
     def draw_key(self) -> Tensor:
         """The key of this layer's draw: the run's key folded with the layer's path.
@@ -146,6 +147,7 @@ def named(name: str, layer: Layer) -> Layer:
     """Put a layer's parameters and statistics into a sub-tree called ``name``."""
     if not name or "." in name:
         raise ValueError(f"a layer's name must be non-empty and without dots, found {name!r}")
+    is_list = any(child.isdigit() for child in layer.names)
 
     def init(x: Any, mode: Mode) -> tuple[Tree, Tree, Any]:
         try:
@@ -159,7 +161,7 @@ def named(name: str, layer: Layer) -> Layer:
         before = state.get(name, _EMPTY)
         inner = mode.enter(name)
         try:
-            if mode.remat == 1:
+            if mode.remat and not is_list:
                 y, after = _rematerialized(layer, params.get(name, _EMPTY), before, x, inner)
             else:
                 y, after = layer.apply(params.get(name, _EMPTY), before, x, inner)
@@ -175,7 +177,7 @@ def named(name: str, layer: Layer) -> Layer:
 
 def _rematerialized(layer: Layer, params: Tree, state: Tree, x: Any, mode: Mode) -> tuple[Any, Tree]:
     def run(params: Tree, state: Tree, x: Any, key: Tensor | None) -> tuple[Any, Tree]:
-        return layer.apply(params, state, x, mode._replace(key=key))
+        return layer.apply(params, state, x, mode._replace(key=key, remat=False))
 
     y, after = rematerialize(run, params, state, x, mode.key)
     return y, after if mode.batch_statistics and state else state  # the same object where nothing is new

@@ -108,7 +108,7 @@ class Model:
         statistics: Literal["batch", "running", "global"] | None = None,
         tap: Tap | None = None,
         around: Around | None = None,
-        remat: int = 0,
+        remat: bool = False,
     ) -> tuple[Any, Tree]:
         """Run the network.
 
@@ -124,8 +124,8 @@ class Model:
             tap: called as ``tap(path, input, output)`` when each named layer ends; its result replaces the
                 output. For looking inside, and for derivatives with respect to what flows there.
             around: runs each layer that has parameters in its stead; see `purecnn.layer.Around`.
-            remat: for less memory, compute again in the backward pass what layers so many names below the top have
-                inside: 2 is a stage's block (`purecnn.remat`). Gradients stay the same.
+            remat: for less memory, compute again in the backward pass what blocks have inside, instead of keeping it
+                (`purecnn.remat`). Gradients stay the same.
 
         Returns:
             The logits ``(batch, classes)``, or `Outputs`; and the new running statistics.

@@ -140,7 +140,7 @@ def make_step(
     policy: Policy | None = None,
     accumulate: int = 1,
     average: float | None = None,
-    remat: int = 0,
+    remat: bool = False,
     augment: Augment | None = None,
     compile: bool | None = None,
     donate: bool = False,

@@ -301,7 +301,7 @@ def test_wrong_choice_of_statistics() -> None:
     with pytest.raises(ValueError, match="'batch', 'running', 'global' or None, found 'frozen'"):
         net.apply(*net.init(random.key(0)), CASES["lenet"].images(), statistics=wrong)
     with pytest.raises(ValueError, match="use one of both"):
-        net.apply(*net.init(random.key(0)), CASES["lenet"].images(), around=wrong, remat=2)
+        net.apply(*net.init(random.key(0)), CASES["lenet"].images(), around=wrong, remat=True)
 
 
 @pytest.mark.parametrize("family", ["alexnet", "vgg", "googlenet", "squeezenet", "densenet"])

@@ -13,6 +13,7 @@ RECIPES = (
     "alexnet_hymenoptera",
     "resnet20_cifar10",
     "channel_boosting",
+    "digit_ensemble",
     "few_shot_digits",
     "influential_digits",
     "private_digits",

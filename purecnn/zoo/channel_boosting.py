@@ -277,7 +277,7 @@ def channel_boost(network: Layer, at: str | None = None, **learners: Layer) -> L
             return y + z, own_state
 
         # Rematerialised layers know of the tensors that they are given alone, and here they see the learners' too.
-        return network.apply(params, state, x, mode._replace(around=around, remat=0))
+        return network.apply(params, state, x, mode._replace(around=around, remat=False))
 
     return Layer(init, apply, network.names | {BOOST})
 

@@ -1,0 +1,444 @@
+"""Ensembles: members as one tree whose leaves have a first axis, trained in one step, and what they say together.
+
+    params, state = vmap(model.init)(random.split(key, 16))
+    train_state = start(params, state, optimizer)
+    step = make_ensemble_step(model, optimizer, donate=True)
+    train_state, metrics = step(train_state, (images, labels), random.split(key, 16))
+    probabilities = mean_probability(logits(model, train_state.params, train_state.state, images))
+
+Logits of an ensemble are ``(members, batch, classes)``. The same functions serve what else gives several answers for an
+image: snapshots of one training, and masks of dropout.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import vmap
+
+from purecnn import tree
+from purecnn.augment import Augment
+from purecnn.layer import Outputs
+from purecnn.model import Model
+from purecnn.optimizers import Optimizer
+from purecnn.paper import Loss
+from purecnn.schedules import Schedule, cosine
+from purecnn.step import Batch, Metrics, Step, Trainable, TrainState, make_step
+from purecnn.tree import Tree
+
+__all__ = [
+    "EnsembleStep",
+    "Reliability",
+    "cosine_restarts",
+    "disagreement",
+    "expected_entropy",
+    "logits",
+    "make_ensemble_step",
+    "mc_dropout",
+    "mean_probability",
+    "member_dims",
+    "mutual_information",
+    "predictive_entropy",
+    "reliability",
+    "snapshots",
+    "stack",
+    "start",
+    "unstack",
+    "vote",
+]
+
+Members = TypeVar("Members")
+"""A tensor, or a tree or (named) tuple of them, such as `TrainState`."""
+
+
+def stack(members: Sequence[Members]) -> Members:
+    """One tree from those of the members: each leaf gets a first axis.
+
+    >>> stack([{"weight": torch.zeros(3)}, {"weight": torch.ones(3)}])["weight"].shape
+    torch.Size([2, 3])
+
+    Raises:
+        ValueError: if there are no members, or their trees differ.
+    """
+    if not members:
+        raise ValueError("an ensemble has at least one member, found none")
+    first: Any = members[0]
+    parts: Any = members
+    if isinstance(first, Tensor):
+        joined: Any = torch.stack(list(parts))
+    elif isinstance(first, Mapping):
+        if different := next((part for part in parts if part.keys() != first.keys()), None):
+            raise ValueError(f"the members' trees differ: {sorted(first)} and {sorted(different)}")
+        joined = {name: stack([part[name] for part in parts]) for name in first}
+    else:
+        joined = _alike(first, map(stack, zip(*parts, strict=True)))
+    return joined
+
+
+def unstack(members: Members) -> list[Members]:
+    """The members' trees, as views of the stacked one: no number is copied.
+
+    >>> [tree["weight"].tolist() for tree in unstack({"weight": torch.eye(2)})]
+    [[1.0, 0.0], [0.0, 1.0]]
+    """
+    return [_member(members, i) for i in range(_count(members))]
+
+
+def _member(stacked: Any, i: int) -> Any:
+    if isinstance(stacked, Tensor):
+        return stacked[i]
+    if isinstance(stacked, Mapping):
+        return {name: _member(child, i) for name, child in stacked.items()}
+    return _alike(stacked, (_member(child, i) for child in stacked))
+
+
+def _alike(pattern: Any, children: Iterable[Any]) -> Any:
+    """A tuple of the same type."""
+    return type(pattern)(*children) if hasattr(pattern, "_fields") else tuple(children)
+
+
+def _count(stacked: Any) -> int:
+    if isinstance(stacked, Tensor):
+        return len(stacked)
+    for child in stacked.values() if isinstance(stacked, Mapping) else stacked:
+        if count := _count(child):
+            return count
+    return 0
+
+
+def member_dims(params: Tree, mapped: Trainable | None = None) -> Tree:
+    """What is ``in_dims`` of ``vmap`` for parameters of which members have some of their own and share the others.
+
+    A layer whose parameters and input are shared runs once for all. So heads on one trunk cost one trunk::
+
+        dims = member_dims(params, lambda path: path.startswith("head."))
+        logits, _ = vmap(model.apply, in_dims=(dims, None, None))(params, state, images)
+
+    >>> member_dims({"stem": {"weight": 0}, "head": {"weight": 0}}, lambda path: path.startswith("head."))
+    {'stem': {'weight': None}, 'head': {'weight': 0}}
+    """
+    return tree.unflatten({path: 0 if mapped is None or mapped(path) else None for path in tree.flatten(params)})
+
+
+# Training ----------------------------------------------------------------------------------------------------
+
+
+class EnsembleStep(Protocol):
+    """The type of what `make_ensemble_step` returns."""
+
+    def __call__(
+        self, train_state: TrainState, batch: Batch, key: Tensor | None = None, learning_rates: Tensor | None = None
+    ) -> tuple[TrainState, Metrics]: ...
+
+
+# In an optimizer's place: hands the gradients out as if they were new parameters.
+_GRADIENTS = Optimizer(lambda params: {}, lambda grads, opt_state, *_, **__: (grads, opt_state), 0.0)
+
+
+def start(params: Tree, state: Tree, optimizer: Optimizer, *, trainable: Trainable | None = None) -> TrainState:
+    """Before the first step of `make_ensemble_step`.
+
+    Args:
+        params: with a first axis of members on each leaf that is trained, such as ``vmap(model.init)``'s.
+        state: running statistics, with a first axis of members; without, for a step with ``statistics="running"``.
+        optimizer: the update rule.
+        trainable: as in `make_ensemble_step`.
+    """
+    trained = tree.map(_separate, tree.unflatten(_trained(tree.flatten(params), trainable)))
+    params = tree.unflatten({**tree.flatten(params), **tree.flatten(trained)})
+    opt_state = tree.map(_separate, vmap(optimizer.init)(trained))
+    return TrainState(params, state, opt_state, torch.zeros_like(opt_state["step"]))
+
+
+def _separate(leaf: Tensor) -> Tensor:
+    """With memory for each member: what is the same for all comes out of ``vmap`` with one piece for all of them."""
+    return leaf.clone(memory_format=torch.contiguous_format) if leaf.stride(0) == 0 else leaf
+
+
+def make_ensemble_step(
+    model: Model,
+    optimizer: Optimizer,
+    *,
+    own_batch: bool = False,
+    loss: Loss | None = None,
+    label_smoothing: float = 0.0,
+    aux_weight: float = 0.3,
+    trainable: Trainable | None = None,
+    frozen_statistics: bool = False,
+    augment: Augment | None = None,
+    donate: bool = False,
+) -> EnsembleStep:
+    """The training step of all members, ``(train_state, batch, keys) -> (train_state, metrics)``, a pure function.
+
+    Gradients come from one ``vmap`` over the members. Each member is then updated through views of the stacked tree,
+    which is faster than an update under ``vmap`` and, with ``donate``, needs no memory beyond that tree and the
+    gradients. Each member does what `purecnn.step.make_step` does with its key, batch and learning rate.
+
+    Args:
+        model: the network.
+        optimizer: the update rule, any.
+        own_batch: images and labels have a first axis of members; else all members see the same batch.
+        loss, label_smoothing, aux_weight, augment: as in `make_step`.
+        trainable: which parameters to train, by path; the others have no axis of members, and are shared. With the head
+            alone, a shared batch and frozen statistics, the trunk runs once for all members, unless it draws.
+        frozen_statistics: normalise by the running statistics, which are shared and stay as they are.
+        donate: overwrite the train state's buffers, see `make_step`.
+
+    Returns:
+        The step. ``key`` holds the members' keys, (members, 2). ``learning_rates`` (members,) are used instead of the
+        optimizer's. The metrics are (members,).
+    """
+    gradient = make_step(
+        model,
+        _GRADIENTS,
+        loss=loss,
+        label_smoothing=label_smoothing,
+        aux_weight=aux_weight,
+        trainable=trainable,
+        statistics="running" if frozen_statistics else "batch",
+        augment=augment,
+        compile=False,
+    )
+
+    def step(
+        train_state: TrainState, batch: Batch, key: Tensor | None = None, learning_rates: Tensor | None = None
+    ) -> tuple[TrainState, Metrics]:
+        params, state, opt_state, count, extra = train_state
+        leaves = tree.flatten(params)
+        trained = _trained(leaves, trainable)
+
+        def member(
+            trained: Tree, state: Tree, count: Tensor, batch: Batch, key: Tensor | None
+        ) -> tuple[Tree, Tree, Metrics]:
+            before = TrainState(tree.unflatten({**leaves, **trained}), state, {}, count)
+            (found, state, *_), metrics = gradient(before, batch, key)
+            return _trained(tree.flatten(found), trainable), state, metrics
+
+        states = None if frozen_statistics else 0
+        dims = (0, states, 0, 0 if own_batch else None, None if key is None else 0)
+        found = vmap(member, in_dims=dims, out_dims=(0, states, 0))(  # type: ignore[arg-type]
+            trained, state, count, batch, key
+        )
+        grads, state, metrics = found
+        if not donate:
+            trained, opt_state = (tree.map(torch.clone, each) for each in (trained, opt_state))
+        for i in range(len(count)):
+            own_grads, own_state, own = (_member(each, i) for each in (grads, opt_state, trained))
+            rate = None if learning_rates is None else learning_rates[i]
+            new, new_state = optimizer.update(own_grads, own_state, own, rate, donate=True)
+            _overwrite(own, new)
+            _overwrite(own_state, new_state)
+        return TrainState(tree.unflatten({**leaves, **trained}), state, opt_state, count + 1, extra), metrics
+
+    return step
+
+
+def _trained(leaves: Tree, trainable: Trainable | None) -> Tree:
+    """The leaves to train, by path."""
+    trained = {path: leaf for path, leaf in leaves.items() if trainable is None or trainable(path)}
+    if not trained:
+        raise ValueError(f"trainable chooses no parameter; paths are {', '.join(list(leaves)[-3:])} and the like")
+    return trained
+
+
+def _overwrite(old: Tree, new: Tree) -> None:
+    """Write into the tensors of ``old`` what an optimizer did not write there by itself."""
+    leaves = tree.flatten(new)
+    for path, leaf in tree.flatten(old).items():
+        if leaves[path] is not leaf:
+            leaf.copy_(leaves[path])
+
+
+def cosine_restarts(initial: float, period: int) -> Schedule:
+    """Half a cosine from ``initial`` to 0, again and again (Loshchilov and Hutter, arXiv:1608.03983, equation 5).
+
+    >>> schedule = cosine_restarts(1.0, 4)
+    >>> [round(float(schedule(torch.tensor(step))), 3) for step in (0, 2, 4, 6)]
+    [1.0, 0.5, 1.0, 0.5]
+    """
+    once = cosine(initial, period)
+    return lambda step: once(step % period)
+
+
+def snapshots(
+    step: Step, train_state: TrainState, batches: Iterable[Batch], period: int, key: Tensor | None = None
+) -> tuple[Tree, Tree]:
+    """Train, and keep the network every ``period`` steps: an ensemble for the price of one training.
+
+    Snapshot ensembles (Huang et al., arXiv:1704.00109), with a step whose optimizer follows `cosine_restarts` of the
+    same period, so that each snapshot is taken where the learning rate has come to 0.
+
+    Args:
+        step: of `make_step`.
+        train_state: where to begin; a step that donates overwrites it.
+        batches: what to train on; a last period that is not full is trained, but not kept.
+        period: steps from one snapshot to the next.
+        key: see `make_step`.
+
+    Returns:
+        The snapshots' parameters and running statistics, stacked.
+
+    Raises:
+        ValueError: if there are fewer batches than ``period``.
+    """
+    found: list[tuple[Tree, Tree]] = []
+    for done, batch in enumerate(batches, 1):
+        train_state, _ = step(train_state, batch, key)
+        if done % period == 0:
+            params, state = (tree.map(torch.clone, each) for each in train_state[:2])
+            found.append((params, state))
+    if not found:
+        raise ValueError(f"there are fewer than {period} batches, so no snapshot was taken")
+    return stack([params for params, _ in found]), stack([state for _, state in found])
+
+
+# What members say --------------------------------------------------------------------------------------------
+
+
+def logits(model: Model, params: Tree, state: Tree, x: Tensor, *, mapped: Trainable | None = None) -> Tensor:
+    """Each member's logits in evaluation mode, (members, batch, classes).
+
+    Args:
+        model: the network.
+        params: the members' parameters, stacked.
+        state: their running statistics, stacked; or shared, if ``mapped`` is given.
+        x: images, (batch, channels, height, width), for all members.
+        mapped: which parameters are stacked, by path; by default all. The others are shared, see `member_dims`.
+    """
+    dims = (member_dims(params, mapped), 0 if mapped is None and state else None, None)
+    found: Tensor = vmap(lambda *arguments: model.apply(*arguments)[0], in_dims=dims)(params, state, x)
+    return found
+
+
+def mc_dropout(model: Model, params: Tree, state: Tree, x: Tensor, keys: Tensor) -> Tensor:
+    """The logits of one network with dropout on, once for each key: (keys, batch, classes).
+
+    Gal and Ghahramani, Dropout as a Bayesian Approximation (arXiv:1506.02142). Batch normalisation uses its running
+    statistics. Layers before the first draw run once for all keys.
+    """
+
+    def one(key: Tensor) -> Tensor:
+        outputs, _ = model.apply(params, state, x, train=True, statistics="running", key=key)
+        found: Tensor = outputs.logits if isinstance(outputs, Outputs) else outputs
+        return found
+
+    return vmap(one)(keys)
+
+
+def _check(logits: Tensor, members: int = 1) -> None:
+    if logits.ndim != 3 or len(logits) < members:
+        raise ValueError(
+            f"an ensemble's logits are (members, batch, classes) of at least {members} members, "
+            f"found shape {tuple(logits.shape)}"
+        )
+
+
+def mean_probability(logits: Tensor) -> Tensor:
+    """The mean of the members' probabilities, (members, batch, classes) to (batch, classes).
+
+    The prediction of a deep ensemble (Lakshminarayanan et al., arXiv:1612.01474, section 2.4).
+
+    >>> mean_probability(torch.tensor([[[0.0, 0.0]], [[100.0, 0.0]]]))
+    tensor([[0.7500, 0.2500]])
+    """
+    _check(logits)
+    return logits.softmax(-1).mean(0)
+
+
+def vote(logits: Tensor) -> Tensor:
+    """The share of members that answer with each class, (members, batch, classes) to (batch, classes).
+
+    >>> vote(torch.tensor([[[1.0, 0.0]], [[5.0, 0.0]], [[0.0, 1.0]]]))
+    tensor([[0.6667, 0.3333]])
+    """
+    _check(logits)
+    return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype).mean(0)
+
+
+def disagreement(logits: Tensor) -> Tensor:
+    """The share of pairs of members with different answers, (members, batch, classes) to (batch,).
+
+    With ``v`` of ``n`` votes for each class, ``(n^2 - sum v^2) / (n (n - 1))``.
+
+    >>> disagreement(torch.tensor([[[1.0, 0.0]], [[5.0, 0.0]], [[0.0, 1.0]]]))
+    tensor([0.6667])
+    """
+    _check(logits, 2)
+    count = len(logits)
+    return (1 - vote(logits).square().sum(-1)).clamp(min=0) * count / (count - 1)
+
+
+def predictive_entropy(logits: Tensor) -> Tensor:
+    """The entropy of the mean probability, nats: all uncertainty, (members, batch, classes) to (batch,)."""
+    return torch.special.entr(mean_probability(logits)).sum(-1)
+
+
+def expected_entropy(logits: Tensor) -> Tensor:
+    """The mean of the members' entropies, nats: what is uncertain to each of them, such as an ambiguous image."""
+    _check(logits)
+    return torch.special.entr(logits.softmax(-1)).sum(-1).mean(0)
+
+
+def mutual_information(logits: Tensor) -> Tensor:
+    """`predictive_entropy` less `expected_entropy`, nats: what is uncertain because members differ, (batch,).
+
+    Between an answer and the choice of a member (Houlsby et al., arXiv:1112.5745, equation 2; Depeweg et al.,
+    arXiv:1710.07283). From 0 to the logarithm of the number of members or classes, whichever is smaller.
+
+    >>> mutual_information(torch.tensor([[[100.0, 0.0]], [[0.0, 100.0]]]))
+    tensor([0.6931])
+    """
+    return (predictive_entropy(logits) - expected_entropy(logits)).clamp(min=0)
+
+
+class Reliability(NamedTuple):
+    """How often answers of some confidence are right; see `reliability`."""
+
+    confidence: Tensor
+    """The mean confidence in each bin, (bins,); nan where a bin is empty."""
+    accuracy: Tensor
+    """The share of right answers in each bin, (bins,); nan where a bin is empty."""
+    images: Tensor
+    """How many images each bin has, (bins,)."""
+
+    @property
+    def expected_calibration_error(self) -> float:
+        """The mean distance of the two over the images (Guo et al., equation 3)."""
+        gaps = (self.accuracy - self.confidence).abs().nan_to_num()
+        return float((gaps * self.images).sum() / self.images.sum())
+
+
+def reliability(probabilities: Tensor, labels: Tensor, bins: int = 15) -> Reliability:
+    """The reliability curve: accuracy by confidence, the largest probability, in bins of equal width.
+
+    Guo et al., On Calibration of Modern Neural Networks (arXiv:1706.04599, section 2).
+
+    Args:
+        probabilities: (images, classes).
+        labels: the right classes, (images,).
+        bins: how many.
+
+    >>> found = reliability(torch.tensor([[0.9, 0.1], [0.2, 0.8]]), torch.tensor([0, 0]), bins=2)
+    >>> found.images.tolist(), round(found.expected_calibration_error, 2)
+    ([0, 2], 0.35)
+
+    Raises:
+        ValueError: if the shapes do not fit, there are no images, or ``bins`` is less than 1.
+    """
+    if probabilities.ndim != 2 or labels.shape != probabilities.shape[:1] or not len(labels):
+        raise ValueError(
+            f"probabilities are (images, classes) and labels (images,), found {tuple(probabilities.shape)} "
+            f"and {tuple(labels.shape)}"
+        )
+    if bins < 1:
+        raise ValueError(f"bins must be at least 1, found {bins}")
+    confidence, answer = probabilities.double().max(-1)
+    # Bins are open below and closed above, as in the paper.
+    index = ((confidence * bins).ceil().long() - 1).clamp(0, bins - 1)
+    count, right, sure = (
+        torch.bincount(index, weights, bins)
+        for weights in (torch.ones_like(confidence), (answer == labels).double(), confidence)
+    )
+    return Reliability(sure / count, right / count, count.long())

@@ -1,0 +1,234 @@
+"""Batch normalisation folded into the convolutions before it: the same function in evaluation, in fewer passes.
+
+    folded, params, state = fold(model, params, state)
+    logits, _ = folded.apply(params, state, images)
+
+With running statistics a normalisation is ``scale * x + shift`` for each channel, so the convolution before can do it:
+``scale * (w * x + b) + shift = (scale w) * x + (scale b + shift)`` (Jacob et al. 2017, arXiv:1712.05877, section 3.2).
+Which convolution's output goes to which normalisation, and nowhere else, is seen in a run on meta tensors; nothing
+about architectures is known here. `pack` then has a CPU's library reorder the weights once, and not in every call.
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from purecnn import tree
+from purecnn.layer import Layer, Mode
+from purecnn.layers import Convolution
+from purecnn.model import Model
+from purecnn.tree import Tree
+
+__all__ = ["fold", "pack"]
+
+_reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # torch's stub lacks an argument
+
+# By name, because the compiler cannot subscript types in functions inside of functions.
+_After: TypeAlias = tuple[Any, Tree]
+
+
+def fold(model: Model, params: Tree, state: Tree) -> tuple[Model, Tree, Tree]:
+    """The network without those batch normalisations that directly follow a convolution.
+
+    A normalisation whose input comes from elsewhere stays as it is: after a sum, a concatenation or an activation (the
+    first of a pre-activation block or a dense layer), or where something else reads the convolution's output, too.
+    Auxiliary heads stay as they are, too: evaluation does not run them.
+
+    Args:
+        model, params, state: the network, with the running statistics to fold; they are not changed.
+
+    Returns:
+        The model to run the result with; parameters in which convolutions have a new weight and bias and the folded
+        normalisations are missing; and the statistics of those that stay. The logits in evaluation are equal up to
+        rounding. In training there is nothing left where a normalisation was. The scale is computed in double
+        precision. The last two are differentiable functions of ``params`` and ``state``.
+
+    >>> import purecnn
+    >>> model = purecnn.create("resnet18")
+    >>> params, state = model.init(purecnn.random.key(0))
+    >>> folded, fewer, none = fold(model, params, state)
+    >>> sorted(fewer["stem"]), sorted(fewer["stem"]["conv"]), none
+    (['conv'], ['bias', 'weight'], {})
+    >>> x = torch.ones(1, 3, 64, 64)
+    >>> torch.allclose(folded.apply(fewer, none, x)[0], model.apply(params, state, x)[0], rtol=1e-4, atol=1e-4)
+    True
+    """
+    leaves, statistics = tree.flatten(params), tree.flatten(state)
+    for convolution, norm in _pairs(model, params, state):
+        scale, shift = _affine(norm, leaves, statistics)
+        path = convolution.params["weight"]
+        bias_path = f"{path.removesuffix('weight')}bias"
+        weight, bias = leaves[path], leaves.get(bias_path)
+        leaves[path] = (weight.double() * rearrange(scale, "c -> c 1 1 1")).to(weight.dtype)
+        leaves[bias_path] = (shift if bias is None else bias.double() * scale + shift).to(weight.dtype)
+        for path in norm.params.values():
+            del leaves[path]
+        for path in norm.state.values():
+            del statistics[path]
+    return _instead(model, _without_norm), tree.unflatten(leaves), tree.unflatten(statistics)
+
+
+def pack(model: Model, params: Tree, state: Tree, images: Tensor) -> tuple[Model, Tree]:
+    """For inference on a CPU: convolutions' weights in oneDNN's own layout, as ``torch.compile`` with freezing does it.
+
+    PyTorch's convolution reorders the weight in each call, and does without oneDNN for some of them, such as those of
+    one pixel on one thread. The result computes the same up to rounding; it has no derivatives, and cannot be saved.
+
+    Args:
+        model, params, state: the network, best after `fold`.
+        images: of the size and number that are to come; the layout is chosen for them, others work, too.
+
+    Returns:
+        The model to run it with, and the parameters: packed weights are opaque tensors.
+
+    Raises:
+        ValueError: if torch has no oneDNN, or the parameters are not on the CPU.
+
+    >>> import purecnn
+    >>> model = purecnn.create("resnet18")
+    >>> params, state = model.init(purecnn.random.key(0))
+    >>> x = torch.ones(1, 3, 64, 64)
+    >>> packed, own = pack(model, params, state, x)
+    >>> torch.allclose(packed.apply(own, state, x)[0], model.apply(params, state, x)[0], rtol=1e-4, atol=1e-4)
+    True
+    """
+    leaves = tree.flatten(params)
+    if not torch._C._has_mkldnn or not all(leaf.is_cpu for leaf in leaves.values()):
+        raise ValueError("to pack weights takes parameters on the CPU, and a torch with oneDNN")
+    places = {id(leaf): path for path, leaf in leaves.items()}
+
+    def around(layer: Layer, params: Tree, state: Tree, x: Any, mode: Mode) -> _After:
+        kind = layer.kind
+        if isinstance(kind, Convolution) and (path := places.get(id(params["weight"]))) is not None:
+            weight = params["weight"].detach().to_mkldnn()
+            leaves[path] = _reorder(weight, list(kind.padding), [kind.stride] * 2, [1, 1], kind.groups, list(x.shape))
+        return layer.apply(params, state, x, mode)
+
+    with torch.no_grad():
+        model.apply(params, state, images, around=around)
+    return _instead(model, _with_packed_weight), tree.unflatten(leaves)
+
+
+class _Run(NamedTuple):
+    """One run of a layer with tensors of its own."""
+
+    layer: Layer
+    params: dict[str, str]
+    """Where in the whole tree its parameters are, by name. A layer may borrow those of another."""
+    state: dict[str, str]
+    x: Any
+    y: Any
+
+
+class _Uses(TorchFunctionMode):
+    """Which run reads which tensor; None stands for all that happens between the runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.running: int | None = None
+        self.readers: dict[int, set[int | None]] = {}
+        self._kept: list[Tensor] = []  # as long as a tensor lives, no other has its identity
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") != "__get__":  # to look at a shape is not to read
+            self.read((args, kwargs))
+        return func(*args, **(kwargs or {}))
+
+    def read(self, values: Any) -> None:
+        for leaf in pytree.tree_leaves(values):
+            if isinstance(leaf, Tensor):
+                self.readers.setdefault(id(leaf), set()).add(self.running)
+                self._kept.append(leaf)
+
+
+def _pairs(model: Model, params: Tree, state: Tree) -> list[tuple[_Run, _Run]]:
+    """The convolutions whose output nothing but one batch normalisation reads, with that normalisation."""
+    params, state = (
+        tree.map(lambda leaf: torch.empty(leaf.shape, dtype=leaf.dtype, device="meta"), each)
+        for each in (params, state)
+    )
+    places = [{id(leaf): path for path, leaf in tree.flatten(each).items()} for each in (params, state)]
+    dtype = next(iter(tree.flatten(params).values())).dtype
+    images = torch.empty(1, model.in_channels, model.image_size, model.image_size, dtype=dtype, device="meta")
+    uses = _Uses()
+    runs: list[_Run] = []
+
+    def around(layer: Layer, params: Tree, state: Tree, x: Any, mode: Mode) -> tuple[Any, Tree]:
+        uses.running = len(runs)
+        y, after = layer.apply(params, state, x, mode)
+        uses.running = None
+        own, kept = (
+            {name: place[id(leaf)] for name, leaf in each.items() if name in layer.names and id(leaf) in place}
+            for each, place in zip((params, state), places, strict=True)
+        )
+        runs.append(_Run(layer, own, kept, x, y))
+        return y, after
+
+    with uses:
+        logits, _ = model.apply(params, state, images, around=around)
+        uses.read(logits)
+    users = Counter(path for run in runs for path in (*run.params.values(), *run.state.values()))
+    made = {id(run.y): run for run in runs if isinstance(run.layer.kind, Convolution) and "weight" in run.params}
+    pairs = [(made[id(run.x)], run) for run in runs if _has_statistics(run.layer) and id(run.x) in made]
+    return [
+        (convolution, norm)
+        for convolution, norm in pairs
+        if len(uses.readers[id(norm.x)]) == 1
+        and norm.state.keys() >= {"mean", "var"}
+        and all(
+            users[path] == 1 for path in (*convolution.params.values(), *norm.params.values(), *norm.state.values())
+        )
+    ]
+
+
+def _has_statistics(layer: Layer) -> bool:
+    return "mean" in layer.names and "var" in layer.names
+
+
+def _affine(norm: _Run, leaves: dict[str, Tensor], statistics: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Scale and shift of each channel, in double: what the normalisation makes of 0 and of 1 tells both."""
+    params = {name: leaves[path].double() for name, path in norm.params.items()}
+    state = {name: statistics[path].double() for name, path in norm.state.items()}
+    values = torch.tensor([0.0, 1.0], dtype=torch.float64, device=state["mean"].device)
+    y, _ = norm.layer.apply(params, state, repeat(values, "two -> two c 1 1", c=len(state["mean"])), Mode())
+    shift, top = rearrange(y, "two c 1 1 -> two c")
+    return top - shift, shift
+
+
+def _without_norm(layer: Layer, params: Tree, state: Tree, x: Any) -> Any:
+    """A normalisation that is missing in the trees does nothing."""
+    return x if _has_statistics(layer) and not state else None
+
+
+def _with_packed_weight(layer: Layer, params: Tree, state: Tree, x: Any) -> Any:
+    kind = layer.kind
+    if not isinstance(kind, Convolution) or not params["weight"].is_mkldnn:
+        return None
+    return torch.ops.mkldnn._convolution_pointwise(
+        x, params["weight"], params.get("bias"), kind.padding, [kind.stride] * 2, [1, 1], kind.groups, "none", [], ""
+    )
+
+
+def _instead(model: Model, replacement: Callable[[Layer, Tree, Tree, Any], Any]) -> Model:
+    """The model whose layers' outputs are the replacement's, where that is not None."""
+    layer = model.layer
+
+    def apply(params: Tree, state: Tree, x: Any, mode: Mode) -> tuple[Any, Tree]:
+        def around(inner: Layer, params: Tree, state: Tree, x: Any, inside: Mode) -> _After:
+            y = replacement(inner, params, state, x)
+            if y is not None:
+                return y, state
+            if mode.around is not None:
+                return mode.around(inner, params, state, x, inside)
+            return inner.apply(params, state, x, inside)
+
+        return layer.apply(params, state, x, mode._replace(around=around))
+
+    return dataclasses.replace(model, layer=Layer(layer.init, apply, layer.names))
