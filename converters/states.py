@@ -31,7 +31,10 @@ class Standing(NamedTuple):
 
 
 def save(folder: Path, number: int, standing: Standing, keep: int) -> None:
-    """Write a file for where the run stands after ``number`` steps, and remove all but the last ``keep``."""
+    """Write a file for where the run stands after ``number`` steps, and remove all but the last ``keep``.
+
+    Half-written files of a process that was killed go, too: a run has one writer.
+    """
     phase, position, rows = standing
     params, state, opt_state, step, extra = position.train_state
     trees = {
@@ -51,7 +54,7 @@ def save(folder: Path, number: int, standing: Standing, keep: int) -> None:
         ),
     }
     write(folder / f"{number:08}.safetensors", tree.flatten(trees), metadata)
-    for old in _files(folder)[:-keep]:
+    for old in (*_files(folder)[:-keep], *folder.glob(".[0-9]*.safetensors")):
         old.unlink(missing_ok=True)
 
 

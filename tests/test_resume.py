@@ -29,7 +29,7 @@ def call(*words: str) -> Result:
 
 def final(folder: Path) -> dict[str, Tensor]:
     """All tensors of where a run stands."""
-    (path,) = (folder / "states").iterdir()
+    (path,) = (folder / "states").iterdir()  # nothing else: what a killed process left is cleared away
     return files.read(path)
 
 
