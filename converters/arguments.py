@@ -21,6 +21,9 @@ Root = Annotated[Path | None, typer.Option(help="Where data sets are downloaded 
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out files that are no pictures.")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that read pictures.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...; by default a GPU if there is one.")]
+Out = Annotated[Path | None, typer.Option(help="Folder of the run; by default a new one in runs/.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, if there is one.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of all that is random.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Pictures in a batch.")]
 
 

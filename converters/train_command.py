@@ -10,6 +10,8 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 
 from converters import run
 from converters.arguments import (
@@ -18,7 +20,10 @@ from converters.arguments import (
     Data,
     Device,
     ModelName,
+    Out,
+    Resume,
     Root,
+    Seed,
     SkipBad,
     Workers,
     create,
@@ -42,8 +47,8 @@ def train(
         str | None,
         typer.Option("--from", help="Weights to begin with: a checkpoint, a file in torchvision's names, or DEFAULT."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the run; by default a new one in runs/.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, if there is one.")] = False,
+    out: Out = None,
+    resume: Resume = False,
     epochs: Annotated[
         int | None, typer.Option(min=1, help="Times through the data; by default 10, or 30 without --from.")
     ] = None,
@@ -79,7 +84,7 @@ def train(
     channels_last: Annotated[bool, typer.Option("--channels-last", help="Layout of images in memory.")] = False,
     remat: Annotated[bool, typer.Option("--remat", help="Less memory: compute twice what blocks have inside.")] = False,
     image_size: Annotated[int | None, typer.Option(min=1, help="Side of the images, pixels.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of all that is random.")] = 0,
+    seed: Seed = 0,
     root: Root = None,
     skip_bad: SkipBad = False,
     workers: Workers = 0,
@@ -199,7 +204,11 @@ def process_group(device: str) -> Iterator[torch.device]:
     if where.type == "cuda":
         where = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(where)
-    torch.distributed.init_process_group("nccl" if where.type == "cuda" else "gloo")
+    store, rank, size = next(rendezvous("env://"))
+    # The store outlives a restart, and with it the addresses of processes that are gone: each attempt has its own keys.
+    own = PrefixStore(f"attempt{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    backend = "nccl" if where.type == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, store=own, rank=rank, world_size=size)
     try:
         yield where
     finally:

@@ -21,6 +21,7 @@ from torch.func import grad, jacrev, jvp, vjp, vmap
 from purecnn import random, tree
 from purecnn.layer import Outputs
 from purecnn.model import Model
+from purecnn.step import partition
 from purecnn.tree import Tree
 
 __all__ = [
@@ -96,9 +97,7 @@ def restrict(
     {'head': tensor(8.)}
     """
     leaves = tree.flatten(params)
-    part = {path: leaf for path, leaf in leaves.items() if chosen(path)}
-    if not part:
-        raise ValueError(f"no parameter is chosen; paths are {', '.join(list(leaves)[-3:])} and the like")
+    part, _ = partition(params, chosen)
 
     def of_part(part: Tree, *args: Any, **named: Any) -> Any:
         return function(tree.unflatten({**leaves, **tree.flatten(part)}), *args, **named)

@@ -585,7 +585,7 @@ def batches(
         workers: processes that prepare batches in advance; 0 prepares them in this one, when asked for.
         mix: mixes each batch's images; its draws depend on the key and the batch's number.
         part: ``(i, n)`` gives every n-th picture of each batch, from the i-th on, to the i-th of n processes. A batch
-            of fewer pictures than processes is given to all.
+            of fewer pictures than processes is given to all if there is a key, since training steps are made together.
 
     Returns:
         An iterable with a ``len``, of images (batch, channels, height, width) and labels (batch,) int64; with
@@ -635,6 +635,8 @@ class _Order:
         begins = range(self.first * self.batch_size, self.count, self.batch_size)
         whole = [order[begin : begin + self.batch_size] for begin in begins][: len(self)]
         index, parts = self.part
+        if self.key is None:  # to evaluate: each picture once, and nobody waits for a batch
+            return [group[index::parts] for group in whole if group[index::parts]]
         return [group[index::parts] if len(group) >= parts else group for group in whole]
 
 

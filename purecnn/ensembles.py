@@ -25,7 +25,7 @@ from purecnn.model import Model
 from purecnn.optimizers import Optimizer
 from purecnn.paper import Loss
 from purecnn.schedules import Schedule, cosine
-from purecnn.step import Batch, Metrics, Step, Trainable, TrainState, make_step
+from purecnn.step import Batch, Metrics, Step, Trainable, TrainState, make_step, partition
 from purecnn.tree import Tree
 
 __all__ = [
@@ -146,7 +146,7 @@ def start(params: Tree, state: Tree, optimizer: Optimizer, *, trainable: Trainab
         optimizer: the update rule.
         trainable: as in `make_ensemble_step`.
     """
-    trained = tree.map(_separate, tree.unflatten(_trained(tree.flatten(params), trainable)))
+    trained = tree.map(_separate, tree.unflatten(partition(params, trainable)[0]))
     params = tree.unflatten({**tree.flatten(params), **tree.flatten(trained)})
     opt_state = tree.map(_separate, vmap(optimizer.init)(trained))
     return TrainState(params, state, opt_state, torch.zeros_like(opt_state["step"]))
@@ -207,14 +207,14 @@ def make_ensemble_step(
     ) -> tuple[TrainState, Metrics]:
         params, state, opt_state, count, extra = train_state
         leaves = tree.flatten(params)
-        trained = _trained(leaves, trainable)
+        trained, _ = partition(leaves, trainable)
 
         def member(
             trained: Tree, state: Tree, count: Tensor, batch: Batch, key: Tensor | None
         ) -> tuple[Tree, Tree, Metrics]:
             before = TrainState(tree.unflatten({**leaves, **trained}), state, {}, count)
             (found, state, *_), metrics = gradient(before, batch, key)
-            return _trained(tree.flatten(found), trainable), state, metrics
+            return partition(found, trainable)[0], state, metrics
 
         states = None if frozen_statistics else 0
         dims = (0, states, 0, 0 if own_batch else None, None if key is None else 0)
@@ -233,14 +233,6 @@ def make_ensemble_step(
         return TrainState(tree.unflatten({**leaves, **trained}), state, opt_state, count + 1, extra), metrics
 
     return step
-
-
-def _trained(leaves: Tree, trainable: Trainable | None) -> Tree:
-    """The leaves to train, by path."""
-    trained = {path: leaf for path, leaf in leaves.items() if trainable is None or trainable(path)}
-    if not trained:
-        raise ValueError(f"trainable chooses no parameter; paths are {', '.join(list(leaves)[-3:])} and the like")
-    return trained
 
 
 def _overwrite(old: Tree, new: Tree) -> None:

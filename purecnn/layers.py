@@ -245,7 +245,7 @@ def batch_norm(eps: float = 1e-5, momentum: float = 0.1) -> Layer:
         if values == 1:
             raise ValueError(f"a batch's statistics need more than one value per channel, found {tuple(x.shape)}")
         if mode.synchronized:
-            y, m, v, values = _normalized_over_processes(x, eps)
+            y, m, v, values = _normalized_over_processes(x.to(mean.dtype), eps)
             y = y * rearrange(weight, "c -> c 1 1") + rearrange(bias, "c -> c 1 1")
         elif is_mapped():
             # The operator below has no vmap rule. This one has, but gives the deviation in place of the variance.
@@ -275,7 +275,6 @@ def batch_norm(eps: float = 1e-5, momentum: float = 0.1) -> Layer:
 
 def _normalized_over_processes(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The batch of all processes, of mean 0 and variance 1; its mean, variance, and number of values in a channel."""
-    x = x.float()
     values = distributed.total({"": torch.tensor(float(x.numel() // x.shape[1]), device=x.device)})[""]
     m = distributed.total_flowing(reduce(x, "b c h w -> c", "sum")) / values
     centred = x - rearrange(m, "c -> c 1 1")

@@ -18,11 +18,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from purecnn import tree
-from purecnn.eager import is_transformed
 from purecnn.schedules import Schedule
 from purecnn.tree import Tree
 
-__all__ = ["LearningRate", "Optimizer", "Update", "accumulated", "clipped", "from_transformation", "partitioned"]
+__all__ = ["LearningRate", "Optimizer", "Update", "clipped", "from_transformation", "partitioned"]
 
 LearningRate: TypeAlias = float | Tensor | Schedule
 """A number, a scalar tensor (such as one of an ensemble's, under ``vmap``), or a function of the step."""
@@ -111,60 +110,6 @@ def clipped(optimizer: Optimizer, max_norm: float) -> Optimizer:
         return optimizer.update(grads, opt_state, params, learning_rate, donate=donate)
 
     return optimizer._replace(update=update)
-
-
-def accumulated(optimizer: Optimizer, every: int) -> Optimizer:
-    """Update by the mean of ``every`` gradients at each ``every``-th call; the other calls leave the parameters alone.
-
-    For batches larger than the memory. Statistics of batch normalisation still are those of the small batches. The
-    state holds that of ``optimizer``, the sum of the gradients so far, and their number. ``"step"`` is the number of
-    updates made, so a schedule counts these.
-
-    In eager mode the number is looked at, for which a GPU has to be waited for. Under a transformation nobody can look,
-    so the update is computed at each call and is thrown away where it is not due.
-
-    >>> from purecnn.optimizers import sgd
-    >>> optimizer = accumulated(sgd(1.0), 2)
-    >>> params, grads = {"weight": torch.zeros(1)}, {"weight": torch.ones(1)}
-    >>> params, opt_state = optimizer.update(grads, optimizer.init(params), params)
-    >>> params
-    {'weight': tensor([0.])}
-    >>> optimizer.update({"weight": 3 * torch.ones(1)}, opt_state, params)[0]
-    {'weight': tensor([-2.])}
-
-    Raises:
-        ValueError: if ``every`` is less than 1.
-    """
-    if every < 1:
-        raise ValueError(f"every must be at least 1, found {every}")
-
-    def init(params: Tree) -> Tree:
-        start = no_steps(params)
-        total = tree.map(torch.zeros_like, params)
-        return {**start, "seen": torch.zeros_like(start["step"]), "total": total, "inner": optimizer.init(params)}
-
-    def update(
-        grads: Tree, opt_state: Tree, params: Tree, learning_rate: LearningRate | None = None, *, donate: bool = False
-    ) -> tuple[Tree, Tree]:
-        grads, params = _nested(grads), _nested(params)
-        seen, inner = opt_state["seen"] + 1, opt_state["inner"]
-        total = tree.map(torch.add, opt_state["total"], grads)
-        due = seen == every
-        watched = is_transformed(*(leaf for each in (grads, params) for leaf in tree.flatten(each).values()))
-        if watched or due:
-            mean = tree.map(lambda leaf: leaf / every, total)
-            new, new_inner = optimizer.update(mean, inner, params, learning_rate, donate=donate and not watched)
-            if watched:
-
-                def choose(new: Tensor, old: Tensor) -> Tensor:
-                    return torch.where(due, new, old)
-
-                new, new_inner = tree.map(choose, new, params), tree.map(choose, new_inner, inner)
-            params, inner = new, new_inner
-            total = tree.map(lambda leaf: torch.where(due, 0.0, leaf), total)
-        return params, {"step": inner["step"], "seen": seen % every, "total": total, "inner": inner}
-
-    return Optimizer(init, update, optimizer.learning_rate)
 
 
 def partitioned(choose: Callable[[str, Tensor], bool], chosen: Optimizer, others: Optimizer) -> Optimizer:

@@ -19,12 +19,11 @@ rate), the last two as functions of the parameter's path. `purecnn.optimizer` ma
 
 from purecnn.elementwise import adamw, rmsprop, sgd
 from purecnn.layerwise import lamb, lars, muon
-from purecnn.optimizer import LearningRate, Optimizer, accumulated, clipped, from_transformation, partitioned
+from purecnn.optimizer import LearningRate, Optimizer, clipped, from_transformation, partitioned
 
 __all__ = [
     "LearningRate",
     "Optimizer",
-    "accumulated",
     "adamw",
     "clipped",
     "from_transformation",

@@ -29,7 +29,7 @@ from purecnn.model import Model
 from purecnn.optimizers import Optimizer
 from purecnn.paper import Loss
 from purecnn.per_sample import clipped_gradient_sum
-from purecnn.step import Batch, Metrics, Step, Trainable, TrainState
+from purecnn.step import Batch, Metrics, Step, Trainable, TrainState, partition
 
 __all__ = ["epsilon", "make_private_step", "noise_for", "poisson_sample"]
 
@@ -100,7 +100,7 @@ def make_private_step(
         if noise and key is None:
             raise ValueError("noise is drawn from a key: pass key=purecnn.random.key(seed)")
         draw_key, noise_key = (None, None) if key is None else random.split(random.fold_in(key, count))
-        trained = {path: leaf for path, leaf in tree.flatten(params).items() if trainable is None or trainable(path)}
+        trained, _ = partition(params, trainable)
         total = {path: torch.zeros_like(leaf) for path, leaf in trained.items()}
         loss_sum, correct = torch.zeros((), device=count.device), torch.zeros_like(count)
         size = len(batch[1])

@@ -366,7 +366,7 @@ def partition(params: Tree, trainable: Trainable | None) -> tuple[_Leaves, _Leav
         return leaves, {}
     trained = {path: leaf for path, leaf in leaves.items() if trainable(path)}
     if not trained:
-        raise ValueError(f"trainable chooses no parameter; paths are {', '.join(list(leaves)[-3:])} and the like")
+        raise ValueError(f"no parameter is chosen; paths are {', '.join(list(leaves)[-3:])} and the like")
     return trained, {path: leaf for path, leaf in leaves.items() if path not in trained}
 
 

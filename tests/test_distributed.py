@@ -84,9 +84,10 @@ def test_parts_make_up_the_batch() -> None:
             assert torch.equal(part[i][0], images[j::3])
     few = [list(data.batches(digits.test, transform, 358, key=key, part=(i, 3))) for i in range(3)]
     assert all(torch.equal(part[1][0], few[0][1][0]) for part in few)  # two pictures for three processes
+    once = [list(data.batches(digits.test, transform, 358, part=(i, 3))) for i in range(3)]
+    assert sum(len(labels) for part in once for _, labels in part) == 360
 
 
-@pytest.mark.slow  # torch 2.15's gloo does not always find its peers again after a restart
 def test_a_killed_worker_is_started_again_and_the_run_ends_the_same(tmp_path: Path) -> None:
     words = ["train", "lenet5", "--data", "digits", "--epochs", "2", "--batch-size", "128", "--resume"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -95,7 +96,7 @@ def test_a_killed_worker_is_started_again_and_the_run_ends_the_same(tmp_path: Pa
         [
             *torchrun,
             "--max-restarts",
-            "5",
+            "1",
             "-m",
             "converters.cli",
             *words,

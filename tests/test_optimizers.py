@@ -6,8 +6,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import vmap
@@ -15,7 +13,6 @@ from torch.func import vmap
 from purecnn import schedules, tree
 from purecnn.optimizers import (
     Optimizer,
-    accumulated,
     adamw,
     clipped,
     from_transformation,
@@ -53,7 +50,6 @@ ALL: dict[str, tuple[Callable[..., Optimizer], dict[str, Any]]] = {
     "lamb_partly": (lamb, {"decay": lambda path: path.endswith("weight")}),
     "muon": (muon, {}),
     "clipped": (lambda rate, **settings: clipped(sgd(rate, **settings), 1.0), {"momentum": 0.9}),
-    "accumulated": (lambda rate, **settings: accumulated(adamw(rate, **settings), 2), {}),
     "partitioned": (lambda rate: partitioned(lambda path, _: "stem" in path, sgd(rate), adamw(rate)), {}),
 }
 rules = pytest.mark.parametrize("rule", ALL)
@@ -207,7 +203,7 @@ def test_an_ensemble_is_its_members(rule: str) -> None:
         close(tree.map(lambda leaf, i=i: leaf[i], opt_state), states[i])
 
 
-@pytest.mark.parametrize("rule", ["nesterov", "adamw", "rmsprop", "lars", "lamb", "muon", "accumulated", "clipped"])
+@pytest.mark.parametrize("rule", ["nesterov", "adamw", "rmsprop", "lars", "lamb", "muon", "clipped"])
 def test_update_compiles_once_for_all_steps(rule: str) -> None:
     ours, settings = ALL[rule]
     optimizer = ours(schedules.warmup(2, schedules.cosine(0.1, 10)), **settings)
@@ -281,7 +277,6 @@ def test_errors_say_what_is_wrong() -> None:
         lambda: lamb(beta2=1.0),
         lambda: muon(adjust="adam"),  # type: ignore[arg-type]
         lambda: clipped(sgd(0.1), 0.0),
-        lambda: accumulated(sgd(0.1), 0),
     ):
         with pytest.raises(ValueError, match=r"found|needs"):
             wrong()
@@ -483,28 +478,6 @@ def test_clipping_is_torchs_and_leaves_the_gradients_alone(max_norm: float) -> N
     expected, _ = plain.update(shortened, plain.init(params), params)
     assert equal(new, expected)
     assert equal(grads, draw(1))
-
-
-@given(every=st.integers(1, 4), calls=st.integers(1, 9), watched=st.booleans())
-def test_accumulated_gradients_are_their_mean(every: int, calls: int, watched: bool) -> None:
-    inner = sgd(schedules.step_decay(0.1, 1, 0.5), momentum=0.9)
-    optimizer = accumulated(inner, every)
-    way = by_formula if watched else by_kernel
-    params = expected = draw(0)
-    opt_state, inner_state = optimizer.init(params), inner.init(params)
-    for start in range(0, calls, every):
-        chosen = GRADS[start : min(start + every, calls)]
-        before = params
-        for grads in chosen:
-            assert equal(params, before)
-            params, opt_state = way(optimizer, grads, opt_state, params)
-        if len(chosen) == every:
-            mean = tree.map(lambda *leaves: sum(leaves) / every, *chosen)
-            expected, inner_state = way(inner, mean, inner_state, expected)
-    assert equal(params, expected)
-    assert equal(opt_state["inner"], inner_state)
-    assert opt_state["step"] == calls // every
-    assert optimizer.rate(opt_state) == inner.rate(inner_state)
 
 
 def test_parts_have_their_own_rules() -> None:

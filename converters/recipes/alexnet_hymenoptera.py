@@ -1,11 +1,10 @@
 """A pretrained AlexNet, fine-tuned to tell ants from bees, as the chapter "Deep CNN Architectures" does it."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from converters.arguments import Device, Workers
+from converters.arguments import Device, Out, Resume, Seed, Workers
 from converters.options import OptimizerName, ScheduleName
 from converters.train_command import train
 
@@ -16,10 +15,10 @@ def run(
         str, typer.Option("--from", help="Weights: DEFAULT for torchvision's, or a file of them.")
     ] = "DEFAULT",
     model: Annotated[str, typer.Option(help="The network.")] = "alexnet",
-    out: Annotated[Path | None, typer.Option(help="Folder of the run; by default a new one in runs/.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, if there is one.")] = False,
+    out: Out = None,
+    resume: Resume = False,
     epochs: Annotated[int, typer.Option(min=1, help="Times through the data.")] = 10,
-    seed: Annotated[int, typer.Option(min=0, help="Of all that is random.")] = 0,
+    seed: Seed = 0,
     workers: Workers = 0,
     device: Device = "auto",
 ) -> None:

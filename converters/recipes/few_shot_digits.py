@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.func import grad_and_value, vmap
 
 import purecnn
+from converters.arguments import Seed
 from converters.screen import notes, print_json, screen, table
 from purecnn import data, meta, random, tree
 from purecnn.meta import Tasks
@@ -87,7 +88,7 @@ def run(
         int, typer.Option(min=0, max=8, help="Keep so many digits from MAML, and test on these alone.")
     ] = 0,
     test_tasks: Annotated[int, typer.Option(min=2, help="Tasks to test on.")] = 200,
-    seed: Annotated[int, typer.Option(min=0, help="Of all that is random.")] = 0,
+    seed: Seed = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
 ) -> None:
     """Learn to tell digits apart from one example of each: MAML against training from scratch."""

@@ -1,21 +1,20 @@
 """LeNet from scratch on CIFAR-10, as the chapter "Deep CNN Architectures" trains it."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from converters.arguments import Device, Root, Workers
+from converters.arguments import Device, Out, Resume, Root, Seed, Workers
 from converters.options import OptimizerName, ScheduleName
 from converters.train_command import train
 
 
 def run(
     data: Annotated[str, typer.Option(help="cifar10, or a folder with its pictures.")] = "cifar10",
-    out: Annotated[Path | None, typer.Option(help="Folder of the run; by default a new one in runs/.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, if there is one.")] = False,
+    out: Out = None,
+    resume: Resume = False,
     epochs: Annotated[int, typer.Option(min=1, help="Times through the data.")] = 50,
-    seed: Annotated[int, typer.Option(min=0, help="Of all that is random.")] = 0,
+    seed: Seed = 0,
     root: Root = None,
     workers: Workers = 0,
     device: Device = "auto",

@@ -24,6 +24,7 @@ from rich.progress import track
 from torch import Tensor
 
 import purecnn
+from converters.arguments import Seed
 from converters.screen import notes, print_json, screen, table
 from purecnn import data as data_sets
 from purecnn import random
@@ -78,7 +79,7 @@ def run(
     expected_batch: Annotated[int, typer.Option(min=1, help="Mean number of digits in a batch.")] = 1024,
     learning_rate: Annotated[float, typer.Option(help="Of plain SGD.")] = 2.0,
     clip: Annotated[float, typer.Option(help="The largest norm of a digit's gradient.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of all that is random.")] = 0,
+    seed: Seed = 0,
     out: Annotated[Path, typer.Option(help="Folder for results.json and curve.png.")] = Path("runs/private-digits"),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
 ) -> None:
