@@ -64,6 +64,7 @@ def main() -> None:
     setting = Setting(device, arguments.quick, seconds, arguments.clock, arguments.data)
     chosen = arguments.races or list(FIRST_ON_GPU if arguments.gpu else RACES)
     rows = [] if arguments.json is None else table.read(arguments.json)
+    failed = []
     for name in chosen:
         module = importlib.import_module(f"tests.benchmarks.{RACES[name]}")
         found = []
@@ -80,6 +81,7 @@ def main() -> None:
                     found.append(row)
             except Exception:  # the others are still worth their time
                 print(f"{name} failed:\n{traceback.format_exc()}", flush=True)
+                failed.append(name)
         for row in found:
             if row.ratio is None:
                 print(f"{row.race} {row.what}: {row.note}", flush=True)
@@ -88,6 +90,8 @@ def main() -> None:
             table.write(arguments.json, rows)
     if arguments.table:
         table.update(rows)
+    if failed:
+        raise SystemExit(f"{', '.join(failed)} failed")
 
 
 if __name__ == "__main__":
