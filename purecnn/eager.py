@@ -1,8 +1,12 @@
 """Which transformations are active: for the few places where torch has a faster or an exacter way outside of them."""
 
+import operator
+
 import torch
 from torch import Tensor
 from torch._C._functorch import TransformType
+
+_REQUIRES_GRAD = operator.attrgetter("requires_grad")
 
 
 def is_transformed(*tensors: Tensor) -> bool:
@@ -10,7 +14,7 @@ def is_transformed(*tensors: Tensor) -> bool:
     return (
         torch.compiler.is_compiling()
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+        or (torch.is_grad_enabled() and any(map(_REQUIRES_GRAD, tensors)))
     )
 
 

@@ -99,8 +99,12 @@ def parametric(
     return Layer(init, run, frozenset(names), kind)
 
 
-def stateless(function: Callable[[Any], Any]) -> Layer:
+def stateless(function: Callable[[Any], Any], *, keeps_shape: bool = False) -> Layer:
     """A layer without parameters, from a function of its input.
+
+    Args:
+        function: from the input to the output.
+        keeps_shape: the output has the input's shape and type, so nothing needs to be run to find them.
 
     >>> double = stateless(lambda x: 2 * x)
     >>> double.apply({}, {}, torch.ones(1), Mode())[0]
@@ -108,7 +112,7 @@ def stateless(function: Callable[[Any], Any]) -> Layer:
     """
 
     def init(x: Any, mode: Mode) -> tuple[Tree, Tree, Any]:
-        return {}, {}, function(x)
+        return {}, {}, x if keeps_shape else function(x)
 
     def apply(params: Tree, state: Tree, x: Any, mode: Mode) -> tuple[Any, Tree]:
         return function(x), state
@@ -117,12 +121,12 @@ def stateless(function: Callable[[Any], Any]) -> Layer:
 
 
 identity = stateless(lambda x: x)
-relu = stateless(torch.relu)
-relu6 = stateless(F.relu6)
-sigmoid = stateless(torch.sigmoid)
-silu = stateless(F.silu)
-gelu = stateless(F.gelu)
-hardswish = stateless(F.hardswish)
+relu = stateless(torch.relu, keeps_shape=True)
+relu6 = stateless(F.relu6, keeps_shape=True)
+sigmoid = stateless(torch.sigmoid, keeps_shape=True)
+silu = stateless(F.silu, keeps_shape=True)
+gelu = stateless(F.gelu, keeps_shape=True)
+hardswish = stateless(F.hardswish, keeps_shape=True)
 
 
 def _bias(bias: bool, features: int, fan_in: int, init: Initializer | float | None) -> dict[str, Leaf]:
@@ -210,7 +214,7 @@ def _hardsigmoid(x: Tensor) -> Tensor:
     return y + (rising / 6 - y).detach()
 
 
-hardsigmoid = stateless(_hardsigmoid)
+hardsigmoid = stateless(_hardsigmoid, keeps_shape=True)
 
 
 def batch_norm(eps: float = 1e-5, momentum: float = 0.1) -> Layer:

@@ -5,6 +5,8 @@ A `Rule` is written twice, side by side: as a *formula* for one parameter, which
 on donated buffers or on copies. The two differ in rounding alone.
 """
 
+import itertools
+import operator
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
@@ -99,24 +101,24 @@ def optimizer(
         time = opt_state["step"] + 1
         rate = current(default if learning_rate is None else learning_rate, opt_state["step"])
         trees = [params, *(opt_state[name] for name in moments)]
-        rows = _rows(grads, *trees)
-        if _fusible(rows, rate):
+        paths, columns = _columns(grads, *trees)
+        if _fusible(columns, rate):
             if not donate:
                 trees = [tree.map(torch.clone, each) for each in trees]
-                rows = _rows(grads, *trees)
-            groups: dict[tuple[torch.dtype, torch.device, float, float], list[list[Tensor]]] = {}
-            for path, row in rows.items():
-                groups.setdefault((row[1].dtype, row[1].device, *of_path(path)), []).append(row)
-            for (_, _, strength, factor), group in groups.items():
-                gs, ps, *columns = (list(column) for column in zip(*group, strict=True))
+                paths, columns = _columns(grads, *trees)
+            groups: dict[tuple[torch.dtype, torch.device, float, float], list[int]] = {}
+            for i, (path, param) in enumerate(zip(paths, columns[1], strict=True)):
+                groups.setdefault((param.dtype, param.device, *of_path(path)), []).append(i)
+            for (_, _, strength, factor), members in groups.items():
+                gs, ps, *ms = ([column[i] for i in members] for column in columns)
                 gs = [_like(grad, param) for grad, param in zip(gs, ps, strict=True)]
-                kernel(ps, gs, columns, Step(_scaled(rate, factor), time, strength))
+                kernel(ps, gs, ms, Step(_scaled(rate, factor), time, strength))
         else:
             rate = rate.to(time.device)
             new: dict[str, tuple[Tensor, ...]] = {}
-            for path, (grad, param, *ms) in rows.items():
+            for path, grad, param, *others in zip(paths, *columns, strict=True):
                 strength, factor = of_path(path)
-                new[path] = formula(param, grad, ms, Step(_scaled(rate, factor), time, strength))
+                new[path] = formula(param, grad, others, Step(_scaled(rate, factor), time, strength))
             trees = [tree.unflatten({path: row[i] for path, row in new.items()}) for i in range(len(trees))]
         return trees[0], {"step": time, **dict(zip(moments, trees[1:], strict=True))}
 
@@ -127,30 +129,38 @@ def _scaled(rate: Tensor, factor: float) -> Tensor:
     return rate if factor == 1 else rate * factor
 
 
-def _rows(grads: Tree, *trees: Tree) -> dict[str, list[Tensor]]:
-    """For each path, its leaves in all trees, in the order of the second one, that of the parameters."""
-    others = [tree.flatten(each) for each in (grads, *trees[1:])]
-    leaves = tree.flatten(trees[0])
-    for other in others:
-        if different := sorted(leaves.keys() ^ other.keys()):
+def _columns(grads: Tree, *trees: Tree) -> tuple[list[str], list[list[Tensor]]]:
+    """The paths, in the order of the second tree, that of the parameters; and each tree's leaves in that order."""
+    flat = [tree.flatten(each) for each in (grads, *trees)]
+    paths = list(flat[1])
+    for other in flat:
+        if different := sorted(flat[1].keys() ^ other.keys()):
             raise ValueError(f"params, grads and opt_state have different names: {', '.join(different[:5])}")
-    grads, *moments = others
-    return {path: [grads[path], leaf, *[moment[path] for moment in moments]] for path, leaf in leaves.items()}
+    return paths, [list(map(each.__getitem__, paths)) for each in flat]
 
 
-def _fusible(rows: Mapping[str, list[Tensor]], rate: Tensor) -> bool:
-    """Whether the kernels can be used: nobody watches, and the memory is laid out as they need it."""
-    if is_transformed(rate, *(leaf for row in rows.values() for leaf in row)):
+def _fusible(columns: list[list[Tensor]], rate: Tensor) -> bool:
+    """Whether the kernels can be used: nobody watches, and the memory is laid out as they need it.
+
+    Written with functions of C: a Python loop over the leaves takes longer than the kernel's start.
+    """
+    leaves = list(itertools.chain(*columns))
+    if is_transformed(rate, *leaves) or any(kind is not Tensor for kind in set(map(type, leaves))):
         return False
-    for row in rows.values():
-        _, param, *moments = row
-        if not (param.is_cpu or param.is_cuda) or any(type(leaf) is not Tensor for leaf in row):
-            return False
-        if not (param.is_contiguous() or param.is_contiguous(memory_format=torch.channels_last)):
-            return False
-        if moments and any(moment.stride() != param.stride() for moment in moments):
-            return False
-    return True
+    _, params, *moments = columns
+    if any(device.type not in ("cpu", "cuda") for device in set(map(_DEVICE, params))):
+        return False
+    if not all(map(Tensor.is_contiguous, params)) and not all(map(_is_dense, params)):
+        return False
+    strides = list(map(Tensor.stride, params))
+    return all(list(map(Tensor.stride, column)) == strides for column in moments)
+
+
+_DEVICE = operator.attrgetter("device")
+
+
+def _is_dense(leaf: Tensor) -> bool:
+    return leaf.is_contiguous() or leaf.is_contiguous(memory_format=torch.channels_last)
 
 
 def _like(grad: Tensor, param: Tensor) -> Tensor:

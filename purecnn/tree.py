@@ -12,10 +12,13 @@ Tree: TypeAlias = dict[str, Any]
 """A nested dictionary whose leaves are tensors."""
 
 
+# To ask for Mapping takes long. Nearly all children are tensors or dictionaries, so these are asked for first.
+_TREES = (dict, Mapping)
+
+
 def _collect(tree: Mapping[str, Any], prefix: str, leaves: dict[str, Any]) -> None:
     for name, child in tree.items():
-        # A check for Mapping takes long, and nearly all children are dictionaries or tensors.
-        if isinstance(child, dict) or (not isinstance(child, Tensor) and isinstance(child, Mapping)):
+        if type(child) is not Tensor and isinstance(child, _TREES):
             _collect(child, f"{prefix}{name}.", leaves)
         else:
             leaves[prefix + name] = child
@@ -67,12 +70,12 @@ def map(function: Callable[..., Any], tree: Mapping[str, Any], *others: Mapping[
     for other in others:
         if tree.keys() != other.keys():
             raise ValueError(f"the trees differ: {sorted(tree)} and {sorted(other)}")
-    return {
-        name: map(function, child, *(other[name] for other in others))
-        if isinstance(child, Mapping)
-        else function(child, *(other[name] for other in others))
-        for name, child in tree.items()
-    }
+    mapped: Tree = {}
+    for name, child in tree.items():
+        same = [other[name] for other in others]
+        inner = type(child) is not Tensor and isinstance(child, _TREES)
+        mapped[name] = map(function, child, *same) if inner else function(child, *same)
+    return mapped
 
 
 def size(tree: Mapping[str, Any]) -> int:

@@ -9,12 +9,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from purecnn import random
 
 KEY = random.key(42)
-LARGE = random._LARGE
+LARGE = random._PIECE
 keys = st.integers(0, 2**64 - 1).map(random.key)
 sizes = st.integers(0, 6)
 shapes = st.lists(sizes, max_size=3).map(tuple)
@@ -228,13 +230,13 @@ def test_bernoulli_takes_a_tensor_of_probabilities() -> None:
 # One result, however it is computed.
 
 
-@pytest.mark.parametrize("size", [LARGE, LARGE + 1, random._PIECE, 2 * random._PIECE + 3])
+@pytest.mark.parametrize("size", [1, LARGE, LARGE + 1, 2 * LARGE + 3])
 def test_pieces_equal_the_whole(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def run() -> list[Tensor]:
         return [random.bits(KEY, (size,)), random.normal(KEY, (size,)), random.split(KEY, size)]
 
     pieces = run()
-    monkeypatch.setattr(random, "_LARGE", 1 << 30)
+    monkeypatch.setattr(random, "_PIECE", 1 << 30)
     for in_pieces, whole in zip(pieces, run(), strict=True):
         # erfinv differs by a rounding between the vector and the scalar part of a kernel
         torch.testing.assert_close(in_pieces, whole, rtol=1e-5 if whole.is_floating_point() else 0, atol=0)
@@ -282,6 +284,17 @@ def test_compiled_equals_eager() -> None:
     compiled = torch.compile(several, fullgraph=True, backend="aot_eager")
     for eager, graph in zip(several(KEY), compiled(KEY), strict=True):
         assert torch.equal(eager, graph)
+
+
+@draws
+def test_a_trace_holds_the_draw(draw: Callable[[Tensor], Tensor]) -> None:
+    """Not the numbers that its key happened to give."""
+    other = random.key(7)
+    assert torch.equal(make_fx(draw)(KEY)(other), draw(other))
+    with FakeTensorMode() as mode:
+        shape_only = draw(mode.from_tensor(KEY))
+    assert isinstance(shape_only, FakeTensor)
+    assert shape_only.shape == draw(KEY).shape
 
 
 def test_export_with_an_open_batch_size() -> None:
