@@ -15,7 +15,11 @@ from purecnn.model import UnknownModelError
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A name of `purecnn list`.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 Data = Annotated[
-    str, typer.Option("--data", help=f"{', '.join(data.names())}, or a folder with train/ and val/ and class folders.")
+    str,
+    typer.Option(
+        "--data",
+        help=f"{', '.join(data.names())}, a folder with train/ and val/ and class folders, or hf:NAME of the Hub.",
+    ),
 ]
 Root = Annotated[Path | None, typer.Option(help="Where data sets are downloaded to.")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out files that are no pictures.")]
@@ -40,7 +44,7 @@ def load_data(name: str, root: Path | None, skip_bad: bool, like: str | None = N
     try:
         return data.load(name, root=root, skip_bad=skip_bad, like=like)
     except DataError as error:
-        if name in data.names() or Path(name).expanduser().is_dir():
+        if name in data.names() or name.startswith("hf:") or Path(name).expanduser().is_dir():
             raise
         raise typer.BadParameter(str(error), param_hint="--data") from None
 

@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import torch
@@ -63,22 +63,25 @@ class DataError(ValueError):
 # One picture -----------------------------------------------------------------------------------------------
 
 
-def read_image(path: str | os.PathLike[str]) -> Image.Image:
+def read_image(source: str | os.PathLike[str] | BinaryIO, *, called: str | None = None) -> Image.Image:
     """Reads one image file, upright and whole.
+
+    Args:
+        source: the file's path, or the file.
+        called: its name in errors; by default the path.
 
     Returns:
         A PIL image of mode ``"L"`` (grey) or ``"RGB"``, 8 bits a channel, turned as its EXIF data say; of an
         animation, the first frame.
 
     Raises:
-        DataError: naming the path, when there is no such file, or when it does not decode to a picture.
+        DataError: naming the file, when there is no such file, or when it does not decode to a picture.
 
     Example::
 
         tensor = data.Preprocessing().evaluation()(data.read_image("ant.jpg"))       # (3, 224, 224)
     """
-    path = Path(path)
-    with _naming(path), Image.open(path) as file:
+    with _naming(called or str(source)), Image.open(source) as file:
         image = ImageOps.exif_transpose(file)
         if image.mode in ("RGB", "L"):
             return image
@@ -93,21 +96,21 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
 
 def _check_header(path: Path) -> None:
     """Raises DataError unless the file begins like an image. Decodes no pixel: 0.1 ms."""
-    with _naming(path), Image.open(path):
+    with _naming(str(path)), Image.open(path):
         pass
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def _naming(file: str) -> Iterator[None]:
     """Turns whatever a decoder raises into a DataError that names the file."""
     try:
         yield
     except FileNotFoundError as error:
-        raise DataError(f"no such image file: {path}") from error
+        raise DataError(f"no such image file: {file}") from error
     except UnidentifiedImageError as error:
-        raise DataError(f"not an image that Pillow recognises: {path}") from error
+        raise DataError(f"not an image that Pillow recognises: {file}") from error
     except Exception as error:  # on damaged bytes Pillow's decoders raise nearly every kind of exception
-        raise DataError(f"cannot read the image {path}: {error}") from error
+        raise DataError(f"cannot read the image {file}: {error}") from error
 
 
 # From a picture to a tensor --------------------------------------------------------------------------------
@@ -321,7 +324,7 @@ class DataSet:
     test: Examples
     preprocessing: Preprocessing
     augmentation: Augmentation
-    skipped: tuple[Path, ...] = ()
+    skipped: tuple[Path | str, ...] = ()
 
 
 class _InMemory:
@@ -353,7 +356,8 @@ def _square(size: int, mean: Sequence[float], std: Sequence[float]) -> Preproces
 
 _HANDWRITING = Augmentation(rotate=10, shift=0.1, zoom=0.1)
 _OBJECTS = Augmentation(padding=1 / 8, flip=True)
-_PHOTOGRAPHS = Augmentation(area=(0.08, 1.0), flip=True)
+PHOTOGRAPHS = Augmentation(area=(0.08, 1.0), flip=True)
+"""How pictures vary of which nothing is known."""
 
 # Means and deviations are those of the training half.
 _SETTINGS = {
@@ -395,9 +399,10 @@ def load(
       that there is), in both one folder for each class, with pictures at any depth. Hidden files and folders,
       and files beside the class folders, are passed over. Every other file must be one that Pillow recognises
       by its first bytes; its extension does not count.
+    * ``hf:NAME``: one of the Hugging Face Hub, or a folder of Parquet files, by :mod:`purecnn.hub`.
 
     Args:
-        name: a name of :func:`names`, or a folder. (One that is called like a data set: ``./digits``.)
+        name: a name of :func:`names`, a folder (one that is called like a data set: ``./digits``), or ``hf:NAME``.
         root: where downloads are kept; default ``purecnn`` in the user's cache folder.
         skip_bad: leave out files of a folder that are no pictures, instead of refusing the folder. Every file
             is then decoded once, so one that is cut short is found now and not in the middle of training.
@@ -423,12 +428,16 @@ def load(
         return _digits()
     if isinstance(name, str) and name in _DOWNLOADS:
         return _download(name, _cache() if root is None else Path(root).expanduser())
+    if isinstance(name, str) and name.startswith("hf:"):
+        from purecnn import hub  # which is built on this file
+
+        return hub.load(name.removeprefix("hf:"), root=root, skip_bad=skip_bad)
     folder = Path(name).expanduser()
     if folder.is_dir():
         return _folder(folder, skip_bad)
     close = difflib.get_close_matches(str(name).lower(), names(), n=3)
     meant = f"; did you mean {' or '.join(close)}?" if close else ""
-    raise DataError(f"{str(name)!r} is neither a folder nor a data set ({', '.join(names())}){meant}")
+    raise DataError(f"{str(name)!r} is neither a folder nor a data set ({', '.join(names())}, hf:NAME){meant}")
 
 
 def _cache() -> Path:
@@ -475,16 +484,17 @@ def _download(name: str, root: Path) -> DataSet:
     )
 
 
-_HELD_OUT = ("val", "valid", "validation", "test")
+HELD_OUT = ("val", "valid", "validation", "test")
+"""What the half that is not trained on may be called; the first of them that there is."""
 
 
 def _folder(folder: Path, skip_bad: bool) -> DataSet:
-    test = next((folder / half for half in _HELD_OUT if (folder / half).is_dir()), None)
+    test = next((folder / half for half in HELD_OUT if (folder / half).is_dir()), None)
     train = folder / "train"
     if test is None or not train.is_dir():
         found = ", ".join(sorted(f"{path.name}/" for path in folder.iterdir() if path.is_dir())) or "no folder"
         raise DataError(
-            f"{folder} must hold train/ and one of {'/, '.join(_HELD_OUT)}/, with class folders in both; "
+            f"{folder} must hold train/ and one of {'/, '.join(HELD_OUT)}/, with class folders in both; "
             f"it holds {found}"
         )
     classes, test_classes = _class_folders(train), _class_folders(test)
@@ -519,7 +529,7 @@ def _folder(folder: Path, skip_bad: bool) -> DataSet:
         _Files(examples[train]),
         _Files(examples[test]),
         Preprocessing(),
-        _PHOTOGRAPHS,
+        PHOTOGRAPHS,
         tuple(bad),
     )
 

@@ -1,12 +1,12 @@
 """A guard against getting slower, in counts that do not depend on the machine.
 
-Five hot paths are run beside torch's own way to do the same, and three things are counted on both sides: operators that
-reach torch's dispatcher, bytes that they read and write, and calls of Python functions. The *ratios* ours / theirs are
-compared with those in ``costs.json``: more than a tenth above fails, on a machine of any speed and load. Another
-version of torch changes both sides alike, and so hardly the ratio; calls leave out generators and comprehensions, which
-are calls in Python 3.11 and none in later ones. With Python 3.11 and torch 2.14 or Python 3.13 and torch 2.11, counts of
-operators and bytes gave the same ratios, and calls ratios that are 3.3 % apart at the most. What NumPy does, which draws
-on a CPU, goes unseen.
+Five hot paths are run beside torch's own way to do the same, and three things are counted on both sides: operators
+that reach torch's dispatcher, bytes that they read and write, and calls of Python functions. The *ratios* ours /
+theirs are compared with those in ``costs.json``: more than a tenth above fails, on a machine of any speed and load.
+Another version of torch changes both sides alike, and so hardly the ratio; calls leave out generators and
+comprehensions, which are calls in Python 3.11 and none in later ones. With Python 3.11 and torch 2.14 or Python 3.13
+and torch 2.11, operators and bytes gave the same ratios, and calls ratios that are 3.3 % apart at the most. What
+NumPy does, which draws on a CPU, goes unseen.
 
 A loss on purpose, or a gain to keep: ``python -m tests.test_costs`` writes the file anew.
 """

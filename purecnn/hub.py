@@ -1,0 +1,107 @@
+"""Data sets of pictures from the Hugging Face Hub, or laid out as its are, through the package ``datasets``.
+
+    mnist = data.load("hf:ylecun/mnist")
+
+A data set fits if it has a column of pictures and one of classes. Others of its columns are passed over.
+"""
+
+import io
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from purecnn.data import HELD_OUT, PHOTOGRAPHS, DataError, DataSet, Preprocessing, read_image
+
+__all__ = ["load"]
+
+
+def load(name: str, *, root: str | os.PathLike[str] | None = None, skip_bad: bool = False) -> DataSet:
+    """Loads a data set by its name on the Hub, such as ``"ylecun/mnist"``, or from a folder of Parquet files.
+
+    Args:
+        name: of the data set. Of several configurations the default one is taken.
+        root: where downloads are kept; by default where ``datasets`` keeps them.
+        skip_bad: leave out pictures that do not decode, instead of failing in the midst of a training. All are
+            decoded once to find them.
+
+    Raises:
+        ModuleNotFoundError: without the package ``datasets``.
+        DataError: if it cannot be loaded, or has no training and held-out half, no pictures or no classes.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise ModuleNotFoundError("data sets of the Hugging Face Hub need a package: pip install datasets") from None
+    try:
+        halves = datasets.load_dataset(name, cache_dir=None if root is None else str(Path(root).expanduser()))
+    except Exception as error:  # no network, no such name, a configuration to choose, a damaged file
+        reason = " ".join(str(error).split())
+        raise DataError(f"datasets cannot load {name!r}: {reason}") from error
+    held_out = next((half for half in HELD_OUT if half in halves), None)
+    if held_out is None or "train" not in halves:
+        found = ", ".join(halves)
+        raise DataError(f"{name} must have a split train and one of {', '.join(HELD_OUT)}; it has {found}")
+    features = halves["train"].features
+    picture = _column(name, features, datasets.Image, "pictures (Image)")
+    label = _column(name, features, datasets.ClassLabel, "classes (ClassLabel)")
+    # The files' bytes, since the package's own decoding knows neither EXIF nor our errors.
+    train, test = (
+        _Rows(halves[half].cast_column(picture, datasets.Image(decode=False)), f"{name}, {half}", picture, label)
+        for half in ("train", held_out)
+    )
+    for half in (train, test):
+        if min(half.rows[label]) < 0:  # the Hub's mark of a secret
+            raise DataError(f"{half.where}: there are rows without a class")
+    skipped: list[str] = []
+    if skip_bad:
+        (train, bad), (test, bad_too) = train.without_bad(), test.without_bad()
+        skipped = [*bad, *bad_too]
+    classes = tuple(features[label].names)
+    return DataSet(f"hf:{name}", classes, train, test, Preprocessing(), PHOTOGRAPHS, tuple(skipped))
+
+
+def _column(name: str, features: Mapping[str, Any], kind: type, what: str) -> str:
+    """The first column of a kind."""
+    for column, feature in features.items():
+        if isinstance(feature, kind):
+            return column
+    raise DataError(f"{name} has no column of {what}; its columns are {', '.join(features)}")
+
+
+class _Rows:
+    """One half, by position."""
+
+    def __init__(self, rows: Any, where: str, picture: str, label: str) -> None:
+        self.rows, self.where, self.picture, self.label = rows, where, picture, label
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        row = self.rows[index]
+        file = row[self.picture]
+        source = io.BytesIO(file["bytes"]) if file["bytes"] is not None else file["path"]
+        return read_image(source, called=self.called(index)), row[self.label]
+
+    def called(self, index: int) -> str:
+        return f"{self.where}, row {index}"
+
+    def without_bad(self) -> tuple["_Rows", list[str]]:
+        """The same without the pictures that do not decode, and what those are called."""
+
+        def is_good(index: int) -> bool:
+            try:
+                self[index]
+            except DataError:
+                return False
+            return True
+
+        with ThreadPoolExecutor() as pool:  # Pillow lets go of the interpreter lock while it decodes
+            good = list(pool.map(is_good, range(len(self))))
+        kept = self.rows.select([index for index, fine in enumerate(good) if fine])
+        bad = [self.called(index) for index, fine in enumerate(good) if not fine]
+        return _Rows(kept, self.where, self.picture, self.label), bad
