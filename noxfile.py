@@ -40,8 +40,9 @@ def peers(session: nox.Session) -> None:
     """Everything that is compared with other libraries, beside those: networks, gradients, curvature, explanations."""
     session.install(".[privacy]", *GROUPS, "pytorchcv", "timm")
     session.run("pytest", "tests/test_peers.py", *session.posargs)
-    session.install("opacus", "backpack-for-pytorch", "curvlinops-for-pytorch", "captum", "jax")
-    tests = ("per_sample", "privacy", "curvature", "kernels", "explain", "adversarial", "optimizers", "random")
+    session.install("opacus", "backpack-for-pytorch", "curvlinops-for-pytorch", "captum", "jax", "torchopt")
+    derived = ("per_sample", "privacy", "curvature", "kernels", "explain", "adversarial")
+    tests = (*derived, "optimizers", "random", "initializers")
     session.run("pytest", *(f"tests/test_{name}.py" for name in tests), *session.posargs)
 
 
@@ -70,7 +71,7 @@ def docs(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """The races against other libraries; the figures go to ``docs/benchmarks.md``."""
-    session.install(".")
+    session.install(".", "opacus", "jax", "optax", "torchopt")
     session.run("python", "-m", "tests.benchmarks", *session.posargs)
 
 

@@ -1,9 +1,10 @@
-"""Convolution, and how it runs where ``vmap`` maps over its weights.
+"""Convolution, and how it runs where ``vmap`` maps over its weights, or over images whose own gradients are asked for.
 
 Torch turns the convolutions of an ensemble's members into one convolution with a group for each member, and their
-derivatives likewise. Mostly that is good. There are two exceptions. Images of one pixel are a matrix, so theirs is a
-product of matrices. And where torch has no fast kernel for the groups, members are convolved one after the other. See
-``docs/ensembles.md`` for figures.
+derivatives likewise; so it does with the weight's gradients of single images. Mostly that is good. There are three
+exceptions. Images of one pixel are a matrix, so theirs is a product of matrices. Where torch has no fast kernel for the
+groups, members are convolved one after the other. And the gradients of large weights by few pixels are a product of
+matrices, too. See ``docs/ensembles.md`` and ``docs/per_sample.md`` for figures.
 """
 
 import functools
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 from torch._C import _functorch
 from torch.nn.grad import conv2d_input, conv2d_weight
@@ -21,6 +23,9 @@ __all__ = ["conv2d"]
 
 MANY_PIXELS = 1 << 16
 """Numbers of one member's images from which on a convolution of its own is worth the call."""
+
+LARGE_WEIGHT = 1 << 16
+"""Numbers of a weight from which on its gradients by few pixels are worth a way of their own."""
 
 
 class Geometry(NamedTuple):
@@ -40,7 +45,7 @@ class Geometry(NamedTuple):
 def conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: tuple[int, int], groups: int
 ) -> Tensor:
-    """``torch.conv2d``, except where ``vmap`` maps over the weight: there a faster of several ways to the same sums.
+    """``torch.conv2d``, except under ``vmap``: there a faster of several ways to the same sums.
 
     Args:
         x: images, ``(b, c, h, w)``.
@@ -55,17 +60,33 @@ def conv2d(
     torch.Size([5, 1, 2, 2, 2])
     """
     # The compiler cannot look, and chooses kernels of its own.
-    if torch.compiler.is_compiling() or not _is_mapped(weight):
+    if torch.compiler.is_compiling() or not (_is_mapped(weight) or (weight.requires_grad and _is_mapped(x))):
         return torch.conv2d(x, weight, bias, stride, padding, 1, groups)
     height, width, rows, columns = *x.shape[-2:], *weight.shape[-2:]
     geometry = Geometry(stride, padding, groups, (height, width), (rows, columns), x.shape[1])
+    if not _is_mapped(weight):
+        if not x.is_cpu or weight.numel() < LARGE_WEIGHT or not _few_pixels(len(x), len(weight), geometry):
+            return torch.conv2d(x, weight, bias, stride, padding, 1, groups)
+        result: Tensor = _Product.apply(x, weight, None, bias, geometry)
+        return result
     if groups == 1 and geometry.image == geometry.kernel == (1, 1) and padding == (0, 0):
         return F.linear(x[..., 0, 0], weight[..., 0, 0], bias)[..., None, None]
     # Images that all members share are convolved with one wide kernel already.
     if not _is_mapped(x) or not _one_by_one(x.shape, weight.shape, geometry):
         return torch.conv2d(x, weight, bias, stride, padding, 1, groups)
-    result: Tensor = _Product.apply(x, weight, None, bias, geometry)
+    result = _Product.apply(x, weight, None, bias, geometry)
     return result
+
+
+def _output(geometry: Geometry) -> int:
+    """Pixels that come out of an image."""
+    sides = zip(geometry.image, geometry.padding, geometry.kernel, strict=True)
+    return math.prod((n + 2 * pad - k) // geometry.stride + 1 for n, pad, k in sides)
+
+
+def _few_pixels(batch: int, features: int, geometry: Geometry) -> bool:
+    """Whether the weight's gradient is a product of smaller matrices: the patches are no larger than the gradient."""
+    return geometry.groups == 1 and batch * _output(geometry) <= features
 
 
 def _one_by_one(x: torch.Size, weight: torch.Size, geometry: Geometry) -> bool:
@@ -75,8 +96,7 @@ def _one_by_one(x: torch.Size, weight: torch.Size, geometry: Geometry) -> bool:
     The way around costs about a millisecond of Python, for the convolution and for each of its derivatives.
     """
     batch, features = x[0], weight[0]
-    sides = zip(geometry.image, geometry.padding, geometry.kernel, strict=True)
-    output = batch * features * math.prod((n + 2 * pad - k) // geometry.stride + 1 for n, pad, k in sides)
+    output = batch * features * _output(geometry)
     odd = geometry.channels % 8 > 0 or features % 8 > 0
     return odd and geometry.groups == 1 and max(x.numel(), output) >= MANY_PIXELS
 
@@ -100,6 +120,15 @@ def _product(x: Any, weight: Any, signal: Any, bias: Any, geometry: Geometry) ->
         return conv2d_input(shape, weight, signal, stride, padding, 1, groups)  # type: ignore[no-untyped-call]
     shape = [signal.shape[1], channels // groups, *kernel]
     return conv2d_weight(x, shape, signal, stride, padding, 1, groups)  # type: ignore[no-untyped-call]
+
+
+def _weights(x: Tensor, signal: Tensor, geometry: Geometry) -> Tensor:
+    """The gradients of the members' weights, by products of matrices: (members, features, channels, *kernel)."""
+    patches = F.unfold(x.flatten(0, 1), geometry.kernel, padding=geometry.padding, stride=geometry.stride)
+    patches = rearrange(patches, "(m b) weight pixels -> m weight (b pixels)", m=len(x))
+    signals = rearrange(signal, "m b features h w -> m features (b h w)")
+    rows, columns = geometry.kernel
+    return rearrange(signals @ patches.mT, "m features (c h w) -> m features c h w", h=rows, w=columns)
 
 
 class _Product(torch.autograd.Function):
@@ -149,6 +178,11 @@ class _Product(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Tensor, int]:
         *operands, geometry = inputs
         dims = in_dims[:-1]
+        x, weight, signal, _ = operands
+        if weight is None and dims[0] is not None and dims[2] is not None:
+            x, signal = x.movedim(dims[0], 0), signal.movedim(dims[2], 0)
+            if x.is_cpu and _few_pixels(x.shape[1], signal.shape[2], geometry):
+                return _weights(x, signal, geometry), 0
         # For one member alone, the gradient of images of few channels is as slow, and threads that sum up the weights'
         # gradient wait for each other.
         slow_alone = operands[1] is None or (operands[0] is None and geometry.channels < 4)

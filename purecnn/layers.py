@@ -244,7 +244,9 @@ def batch_norm(eps: float = 1e-5, momentum: float = 0.1) -> Layer:
             if is_mapped():  # where torch cannot mix types
                 x = x.to(mean.dtype)
         if not mode.batch_statistics:
-            return F.batch_norm(x, mean, var, weight, bias, False, momentum, eps).to(dtype), state
+            # F.batch_norm without its way through Python; the last argument allows cuDNN.
+            y = torch.batch_norm(x, weight, bias, mean, var, False, momentum, eps, True)
+            return y if y.dtype == dtype else y.to(dtype), state
         values: int | Tensor = x.numel() // x.shape[1]
         if values == 1:
             raise ValueError(f"a batch's statistics need more than one value per channel, found {tuple(x.shape)}")

@@ -128,6 +128,31 @@ def test_maps_in_maps_equal_torchs(way: str, monkeypatch: pytest.MonkeyPatch) ->
         assert_close(found, expected)
 
 
+@pytest.mark.parametrize("derivative", [gradient, hessian_forward, hessian_reverse])
+def test_own_gradients_of_images_by_few_pixels(derivative: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One weight for all, and a gradient of each image: the matrices' way, inside and outside of the map."""
+    monkeypatch.setattr(convolution, "LARGE_WEIGHT", 0)
+    calls = 0
+    products = convolution._weights
+
+    def spy(*args: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return products(*args)
+
+    monkeypatch.setattr(convolution, "_weights", spy)
+    inputs, dims = (draw(MEMBERS, 1, 4, 3, 3), draw(6, 4, 3, 2, seed=1), draw(6, seed=2)), (0, None, None)
+    if derivative is not gradient:
+        inputs, dims = (*inputs, *(0.5 * t.flip(-1) for t in inputs)), (*dims, *dims)  # type: ignore[assignment]
+    equals_loop(derivative(ours("")), derivative(torchs("")), dims, *inputs)
+    assert calls > 0
+
+    def total(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *inputs: vmap(f, in_dims=(0, None, None))(*inputs).sum()
+
+    assert_close(derivative(total(ours("")))(*inputs), derivative(total(torchs("")))(*inputs))
+
+
 @pytest.mark.parametrize("way", ["one by one", "grouped"])
 @given(
     groups=st.integers(1, 2),
@@ -196,11 +221,11 @@ def test_the_way_follows_from_the_shapes(monkeypatch: pytest.MonkeyPatch) -> Non
         assert len(calls) == expected
 
 
-def test_outside_of_maps_over_weights_torch_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing stands between the caller and torch: not for plain calls, nor for gradients of single images."""
+def test_elsewhere_torch_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing stands between the caller and torch: not for plain calls, nor for gradients by small weights."""
 
     def refuse(*_: Any) -> Tensor:
-        raise AssertionError("this is for mapped weights")
+        raise AssertionError("this is for mapped weights and large ones")
 
     monkeypatch.setattr(convolution._Product, "apply", refuse)
     x, weight, bias = (t[0] for t in arguments("grouped"))

@@ -1,27 +1,34 @@
 """B6: what the host does for a call and a step of a small network, where the device has next to nothing to do.
 
-The bare operators are the same calls into torch one after the other, as `make_fx` records them, without modules, trees
-or names; each goes through a Python object of its own, so they are no floor for what calls torch's functions directly.
+The bare operators are torchvision's calls of torch's functions one after the other, as `straight` records them, without
+modules, trees or names. What a call takes beyond them is its *overhead*: ours beside a module's, and beside that of
+``functional_call``, which puts every tensor into its module and takes it out again.
+
+Where JAX is installed, LeNet-5 is also written in it, and compiled by ``jax.jit``.
 """
 
+import functools
+import statistics
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.func import functional_call
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 
 import purecnn
 from purecnn import random, tree
 from purecnn.optimizers import sgd
 from purecnn.training import TrainState, make_step
 from purecnn.tree import Tree
-from tests.benchmarks.race import Row, Setting, check, images, pair, rows
+from tests.benchmarks.race import Row, Setting, check, images, pair, rows, signed, take_turns
 
 WHAT = "host cost of a call and of a step"
 NEEDS_GPU = False
+RATE = 1e-4
 GOALS = {"nn.Module": 1.0, "functional_call": 0.1}
 
 
@@ -54,8 +61,13 @@ def thin(device: str) -> tuple[purecnn.Model, Tree, Tree, nn.Module]:
     return pair("mobilenet_v2", device, {**settings, "width_mult": 0.1}, **settings, width=0.1)
 
 
+def thin_resnet(device: str) -> tuple[purecnn.Model, Tree, Tree, nn.Module]:
+    """ResNet-50 with one channel where it has 64: 161 parameters and 159 statistics."""
+    return pair("resnet50", device, num_classes=10, width_per_group=1)
+
+
 def run(setting: Setting) -> Iterator[Row]:
-    for name, build in (("lenet5", lenet), ("thin mobilenet_v2", thin)):
+    for name, build in (("lenet5", lenet), ("thin mobilenet_v2", thin), ("thin resnet50", thin_resnet)):
         for batch in setting.pick((1, 32), (2,)):
             yield from evaluation(setting, name, build, batch)
             yield from training(setting, name, build, batch)
@@ -64,24 +76,69 @@ def run(setting: Setting) -> Iterator[Row]:
 Build = Callable[[str], tuple[purecnn.Model, Tree, Tree, nn.Module]]
 
 
-def evaluation(setting: Setting, name: str, build: Build, batch: int) -> list[Row]:
+class _Recorder(TorchFunctionMode):
+    """Notes the functions of torch that are called, and with what, as a graph."""
+
+    def __init__(self, inputs: list[Tensor]) -> None:
+        super().__init__()
+        self.graph = fx.Graph()
+        self.nodes = {id(tensor): self.graph.placeholder(f"input{i}") for i, tensor in enumerate(inputs)}
+        self.alive = list(inputs)  # so that no other tensor is given the place, and with it the number, of one of them
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            args = tuple(map(self.node, args))
+            kwargs = {name: self.node(value) for name, value in (kwargs or {}).items()}
+            self.nodes[id(result)] = self.graph.call_function(func, args, kwargs)
+            self.alive.append(result)
+        return result
+
+    def node(self, value: Any) -> Any:
+        return self.nodes[id(value)] if isinstance(value, Tensor) else value
+
+
+def straight(module: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
+    """What a module does to an image, as one straight function."""
+    tensors = [*module.parameters(), *module.buffers()]
+    with _Recorder([x, *tensors]) as recorder:
+        y = module(x)
+    recorder.graph.output(recorder.node(y))
+    function = fx.GraphModule({}, recorder.graph).forward
+    return lambda x: function(x, *tensors)
+
+
+def evaluation(setting: Setting, name: str, build: Build, batch: int) -> Iterator[Row]:
     model, params, state, module = build(setting.device)
     module.eval()
     x, _ = images(setting, batch, 32, model.in_channels)
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     with torch.inference_mode():
-        bare = make_fx(lambda params, state, x: model.apply(params, state, x)[0])(params, state, x)
+        bare = straight(module, x)
         check(model.apply(params, state, x)[0], module(x))
-        check(bare(params, state, x), module(x))
+        check(bare(x), module(x))
+        ours = functools.partial(model.apply, params, state, x)
         peers: Mapping[str, Callable[[], Any]] = {
             "nn.Module": lambda: module(x),
             "functional_call": lambda: functional_call(module, tensors, (x,)),
-            "the bare operators": lambda: bare(params, state, x),
+            "the bare operators": lambda: bare(x),
         }
+        compiled = _jax(params, x) if name == "lenet5" else None
+        if compiled is not None:
+            check(torch.tensor(np.asarray(compiled[0]())), module(x))
+            peers = {**peers, "jax.jit": compiled[0]}
         what = f"{name}, call, batch {batch}"
-        return rows(
-            setting, "B6", what, lambda: model.apply(params, state, x), peers, goals=GOALS, asynchronous=setting.cuda
-        )
+        yield from rows(setting, "B6", what, ours, peers, goals=GOALS, asynchronous=setting.cuda)
+        if batch > 1:
+            return
+        peers = {peer: run for peer, run in peers.items() if peer != "jax.jit"}
+        times = take_turns(setting, {"": ours, **peers}, asynchronous=setting.cuda)
+        floor = statistics.median(times.pop("the bare operators"))
+        mine, *others = (statistics.median(each) - floor for each in times.values())
+        for peer, theirs in zip(list(times)[1:], others, strict=True):
+            what = f"{name}, overhead of a call"
+            row = Row("B6", what, peer, mine, theirs, GOALS[peer], mine / theirs, len(times[""]))
+            yield signed(setting, row)
 
 
 def training(setting: Setting, name: str, build: Build, batch: int) -> list[Row]:
@@ -91,11 +148,10 @@ def training(setting: Setting, name: str, build: Build, batch: int) -> list[Row]
     x, labels = images(setting, batch, 32, model.in_channels, classes=10)
     if batch == 1 and state:
         return []  # the last images are of one pixel, of which there are no statistics
-    rate = 1e-4
-    optimizer = sgd(rate, momentum=0.9)
-    reference = torch.optim.SGD(module.parameters(), lr=rate, momentum=0.9)
+    optimizer = sgd(RATE, momentum=0.9)
+    reference = torch.optim.SGD(module.parameters(), lr=RATE, momentum=0.9)
     step = make_step(model, optimizer, donate=True)
-    train_state = TrainState.start(params, state, optimizer)
+    train_state = TrainState.start(tree.map(torch.clone, params), state, optimizer)
     functional = {path: leaf.detach().clone() for path, leaf in module.named_parameters()}
     momenta = {path: torch.zeros_like(leaf) for path, leaf in functional.items()}
     buffers = {path: leaf.clone() for path, leaf in module.named_buffers()}
@@ -119,13 +175,62 @@ def training(setting: Setting, name: str, build: Build, batch: int) -> list[Row]
         nonlocal functional, momenta
         grads, loss = torch.func.grad_and_value(objective)(functional)
         momenta = {path: momenta[path] * 0.9 + grad for path, grad in grads.items()}
-        functional = {path: leaf - rate * momenta[path] for path, leaf in functional.items()}
+        functional = {path: leaf - RATE * momenta[path] for path, leaf in functional.items()}
         return loss
 
     losses = ours(), eager()
     check(*losses)
     peers = {"nn.Module": eager}
+    compiled = _jax(params, x, labels) if name == "lenet5" else None
+    if compiled is not None:
+        check(losses[0], torch.tensor(np.asarray(compiled[1]())))
+        peers["jax.jit"] = compiled[1]
     if not buffers:  # running statistics in place are refused under torch.func
         check(losses[0], through_func())
         peers["functional_call"] = through_func
     return rows(setting, "B6", f"{name}, step, batch {batch}", ours, peers, goals=GOALS, asynchronous=setting.cuda)
+
+
+def _jax(params: Tree, x: Tensor, labels: Tensor | None = None) -> tuple[Callable[[], Any], Callable[[], Any]] | None:
+    """LeNet-5's call, and its step with SGD and momentum, which gives the loss; None without JAX on the same device."""
+    try:
+        import jax
+    except ImportError:
+        return None
+    if x.device.type != {"cpu": "cpu", "gpu": "cuda"}.get(jax.default_backend()):
+        return None
+    lax, numpy = jax.lax, jax.numpy
+    names = ("stem.conv", "stage1.conv", "stage2.linear1", "stage2.linear2", "head.linear")
+    flat = {path: numpy.array(leaf.cpu().numpy()) for path, leaf in tree.flatten(params).items()}
+    weights = [(flat[f"{name}.weight"], flat[f"{name}.bias"]) for name in names]
+    images = numpy.array(x.cpu().numpy())
+    truth = None if labels is None else numpy.array(labels.cpu().numpy())
+
+    def network(weights: Any, x: Any) -> Any:
+        for weight, bias in weights[:2]:
+            x = jax.nn.relu(lax.conv(x, weight, (1, 1), "VALID") + bias[:, None, None])
+            x = lax.reduce_window(x, -numpy.inf, lax.max, (1, 1, 2, 2), (1, 1, 2, 2), "VALID")
+        x = x.reshape(len(x), -1)
+        for weight, bias in weights[2:4]:
+            x = jax.nn.relu(x @ weight.T + bias)
+        weight, bias = weights[4]
+        return x @ weight.T + bias
+
+    def loss(weights: Any, x: Any) -> Any:
+        return -jax.nn.log_softmax(network(weights, x))[numpy.arange(len(x)), truth].mean()
+
+    def update(weights: Any, momenta: Any, x: Any) -> Any:
+        value, grads = jax.value_and_grad(loss)(weights, x)
+        momenta = jax.tree.map(lambda momentum, grad: 0.9 * momentum + grad, momenta, grads)
+        return jax.tree.map(lambda weight, momentum: weight - RATE * momentum, weights, momenta), momenta, value
+
+    call, compiled = jax.jit(network), jax.jit(update, donate_argnums=(0, 1))
+    trained = jax.tree.map(numpy.copy, weights)
+    momenta = jax.tree.map(numpy.zeros_like, weights)
+
+    def step() -> Any:
+        nonlocal trained, momenta
+        trained, momenta, value = jax.block_until_ready(compiled(trained, momenta, images))
+        return value
+
+    return lambda: jax.block_until_ready(call(weights, images)), step

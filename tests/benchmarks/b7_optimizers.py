@@ -1,8 +1,14 @@
-"""B7: one step of the optimizer on the parameters of a ResNet-50, against torch.optim's fused and foreach kernels."""
+"""B7: one step of the optimizer on the parameters of a ResNet-50.
+
+Against torch.optim's fused and foreach kernels; and, where they are installed, against the other libraries whose
+optimizers are functions: Optax, compiled by ``jax.jit``, with and without donated buffers, and TorchOpt.
+"""
 
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,14 +59,79 @@ def race(
             leaf.grad = grad.clone()
         peers[label] = build(leaves[label], **{kind: True}).step
 
+    others: dict[str, Callable[[], dict[str, Any]]] = {
+        **_optax(name, params, grads, donate=donate),
+        **({} if donate else _torchopt(name, params, grads)),
+    }
+    peers.update(others)
+
     def ours() -> None:
         nonlocal params, opt_state
         params, opt_state = optimizer.update(grads, opt_state, params, donate=donate)
 
     ours()
     for label, step in peers.items():
-        step()
-        for leaf, mine in zip(leaves[label], tree.flatten(params).values(), strict=True):
-            check(mine, leaf)
+        found = step()
+        if label in leaves:
+            found = dict(zip(tree.flatten(params), leaves[label], strict=True))
+        for path, mine in tree.flatten(params).items():
+            leaf = found[path]
+            check(mine, leaf if isinstance(leaf, Tensor) else torch.tensor(np.asarray(leaf)))
     what = f"{name}, {'donating' if donate else 'pure'}"
-    return rows(setting, "B7", what, ours, peers, goals={"torch.optim, fused": 1.0})
+    result = rows(setting, "B7", what, ours, peers, goals={"torch.optim, fused": 1.0})
+    return [row._replace(note=_version(row.peer)) if row.peer in others else row for row in result]
+
+
+def _version(package: str) -> str:
+    return f"{package} {metadata.version(package)}"
+
+
+def _optax(name: str, params: Tree, grads: Tree, *, donate: bool) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Optax's update, and what it gives; empty where it is not installed, and on a GPU unless jax sees it, too."""
+    try:
+        import jax
+        import optax
+    except ImportError:
+        return {}
+    leaf = next(iter(tree.flatten(params).values()))
+    if leaf.device.type != {"cpu": "cpu", "gpu": "cuda"}.get(jax.default_backend()):
+        return {}
+    # As torch's AdamW, whose decay is 0.01.
+    rule = optax.sgd(1e-4, momentum=0.9) if name.startswith("SGD") else optax.adamw(1e-4, weight_decay=0.01)
+    theirs, gradients = (
+        {path: jax.numpy.array(leaf.cpu().numpy()) for path, leaf in tree.flatten(each).items()}
+        for each in (params, grads)
+    )
+
+    def update(params: Any, opt_state: Any, gradients: Any) -> Any:
+        changes, opt_state = rule.update(gradients, opt_state, params)
+        return optax.apply_updates(params, changes), opt_state
+
+    compiled = jax.jit(update, donate_argnums=(0, 1) if donate else ())
+    opt_state = rule.init(theirs)
+
+    def step() -> dict[str, Any]:
+        nonlocal theirs, opt_state
+        theirs, opt_state = jax.block_until_ready(compiled(theirs, opt_state, gradients))
+        return theirs
+
+    return {"optax": step}
+
+
+def _torchopt(name: str, params: Tree, grads: Tree) -> dict[str, Callable[[], dict[str, Any]]]:
+    """TorchOpt's update likewise. Not its way in place, which scales the gradients too, and they are used again."""
+    try:
+        import torchopt
+    except ImportError:
+        return {}
+    rule = torchopt.sgd(1e-4, momentum=0.9) if name.startswith("SGD") else torchopt.adamw(1e-4, weight_decay=0.01)
+    theirs, gradients = tree.flatten(params), tree.flatten(grads)
+    opt_state = rule.init(theirs)
+
+    def step() -> dict[str, Any]:
+        nonlocal theirs, opt_state
+        changes, opt_state = rule.update(gradients, opt_state, params=theirs, inplace=False)
+        theirs = torchopt.apply_updates(theirs, changes, inplace=False)
+        return theirs
+
+    return {"torchopt": step}
