@@ -16,7 +16,7 @@ from tests.benchmarks.race import Constant, Row, Setting, check, images, pair, r
 
 WHAT = "eager and folded on a CPU"
 NEEDS_GPU = False
-MODELS = ("resnet18", "resnet50", "mobilenet_v2")
+MODELS = ("resnet18", "resnet50", "mobilenet_v2", "mobilenet_v3_small")
 
 
 def run(setting: Setting) -> Iterator[Row]:
