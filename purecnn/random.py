@@ -45,6 +45,8 @@ __all__ = [
 _Words: TypeAlias = npt.NDArray[np.uint32]
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+# How far to shift a word left and right; as arrays, because NumPy would convert a number at each call.
+_SHIFTS = {r: (np.array(r, np.uint32), np.array(32 - r, np.uint32)) for row in _ROTATIONS for r in row}
 _PARITY = 0x1BD11BDA
 _WORD = 0xFFFFFFFF
 # The hundred steps of Threefry are bound by memory traffic, so on a CPU a draw is made in pieces which fit into the
@@ -273,8 +275,9 @@ def _threefry_in_place(k0: int, k1: int, count: _Words) -> tuple[_Words, _Words]
         for j, r in enumerate(_ROTATIONS[i % 2]):
             if i or j:
                 high += low
-            np.left_shift(low, r, out=left)
-            low >>= 32 - r
+            by, back = _SHIFTS[r]
+            np.left_shift(low, by, left)
+            np.right_shift(low, back, low)
             low |= left
             low ^= high
         high += np.uint32(schedule[(i + 1) % 3])
