@@ -61,7 +61,7 @@ def main() -> None:
     if arguments.gpu and device == "cpu":
         parser.error("torch sees no GPU here")
     seconds = 0.0 if arguments.quick else arguments.seconds
-    setting = Setting(device, arguments.quick, seconds, arguments.clock, arguments.data)
+    setting = Setting(device, arguments.quick, seconds, arguments.clock, arguments.keep_memory, arguments.data)
     chosen = arguments.races or list(FIRST_ON_GPU if arguments.gpu else RACES)
     rows = [] if arguments.json is None else table.read(arguments.json)
     failed = []

@@ -29,6 +29,8 @@ class Setting(NamedTuple):
     """For each comparison."""
     clock: Literal["wall", "cpu"] = "wall"
     """``"cpu"``, with one thread, bears other processes better."""
+    kept: bool = False
+    """The C library keeps freed memory."""
     data: Path | None = None
     """CIFAR-10 as `purecnn.data.load` takes it: a folder."""
 
@@ -82,7 +84,8 @@ def machine(setting: Setting) -> str:
         name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
     threads = torch.get_num_threads()
     time = ", processor time" if setting.clock == "cpu" else ""
-    return f"{name.removesuffix(' Processor')}, {threads} thread{'s' if threads > 1 else ''}{time}"
+    kept = ", memory kept" if setting.kept else ""
+    return f"{name.removesuffix(' Processor')}, {threads} thread{'s' if threads > 1 else ''}{time}{kept}"
 
 
 def signed(setting: Setting, row: Row) -> Row:
