@@ -33,6 +33,7 @@ __all__ = [
 
 _BLOCK = 1 << 17
 """Numbers in a block, half a megabyte in float32: the fastest of 2**15 to 2**20 in a trial."""
+_DEVICE = operator.attrgetter("device")
 
 
 class Step(NamedTuple):
@@ -154,9 +155,6 @@ def _fusible(columns: list[list[Tensor]], rate: Tensor) -> bool:
         return False
     strides = list(map(Tensor.stride, params))
     return all(list(map(Tensor.stride, column)) == strides for column in moments)
-
-
-_DEVICE = operator.attrgetter("device")
 
 
 def _is_dense(leaf: Tensor) -> bool:

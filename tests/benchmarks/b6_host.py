@@ -62,7 +62,7 @@ def thin(device: str) -> tuple[purecnn.Model, Tree, Tree, nn.Module]:
 
 
 def thin_resnet(device: str) -> tuple[purecnn.Model, Tree, Tree, nn.Module]:
-    """ResNet-50 with one channel where it has 64: 161 parameters and 159 statistics."""
+    """ResNet-50 whose blocks have one inner channel where it has 64: 161 parameters and 159 statistics."""
     return pair("resnet50", device, num_classes=10, width_per_group=1)
 
 
