@@ -89,7 +89,11 @@ def normalize(mean: Sequence[float], std: Sequence[float]) -> Augment:
     """From bytes to ``(byte / 255 - mean) / std``, float32; it draws nothing."""
 
     def augment(images: Tensor, key: Tensor) -> Tensor:
-        m, s = (torch.tensor(each, device=images.device)[:, None, None] for each in (mean, std))
+        m, s = (
+            # Made where the images are: a tensor of a list would be brought there from the host at every call.
+            torch.stack([torch.full((1, 1), value, device=images.device) for value in each])
+            for each in (mean, std)
+        )
         return (images.float() / 255 - m) / s
 
     return augment

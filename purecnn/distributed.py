@@ -57,7 +57,7 @@ def total_flowing(x: Tensor) -> Tensor:
 
 def share(images: int, device: torch.device) -> Tensor:
     """This process's part of all the images that are worked on: a scalar."""
-    count = torch.tensor(float(images), device=device)
+    count = torch.full((), float(images), device=device)
     return count / total({"": count})[""]
 
 

@@ -281,7 +281,7 @@ def batch_norm(eps: float = 1e-5, momentum: float = 0.1) -> Layer:
 
 def _normalized_over_processes(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The batch of all processes, of mean 0 and variance 1; its mean, variance, and number of values in a channel."""
-    values = distributed.total({"": torch.tensor(float(x.numel() // x.shape[1]), device=x.device)})[""]
+    values = distributed.total({"": torch.full((), float(x.numel() // x.shape[1]), device=x.device)})[""]
     m = distributed.total_flowing(reduce(x, "b c h w -> c", "sum")) / values
     centred = x - rearrange(m, "c -> c 1 1")
     v = distributed.total_flowing(reduce(centred.square(), "b c h w -> c", "sum")) / values

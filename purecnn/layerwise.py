@@ -118,7 +118,8 @@ def lamb(
         roots = torch._foreach_sqrt(squares)
         # The first correction waits until the division, to be spared an operation on all numbers.
         torch._foreach_mul_(roots, (1 - beta1 ** step.time.double()) / torch.sqrt(1 - beta2 ** step.time.double()))
-        torch._foreach_add_(roots, eps * (1 - beta1 ** step.time.double()))
+        # By its full name: torch would take the scalar for a number, and fetch it from a GPU.
+        torch.ops.aten._foreach_add_.Tensor(roots, eps * (1 - beta1 ** step.time.double()))
         directions = list(torch._foreach_div(means, roots))
         if step.decay:
             torch._foreach_add_(directions, params, alpha=weight_decay)

@@ -59,15 +59,15 @@ class Optimizer(NamedTuple):
         return float(current(self.learning_rate, opt_state["step"]))
 
 
-def current(learning_rate: LearningRate, step: Tensor) -> Tensor:
-    """The learning rate of a step as a scalar; that of a number is on the CPU, in double precision.
+def current(learning_rate: LearningRate, step: Tensor, device: torch.device | None = None) -> Tensor:
+    """The learning rate of a step as a scalar; that of a number is on the given device, in double precision.
 
     Raises:
         ValueError: if it is no scalar.
     """
     rate = learning_rate(step) if callable(learning_rate) else learning_rate
     if not isinstance(rate, Tensor):
-        return torch.full((), rate, dtype=torch.float64)
+        return torch.full((), rate, dtype=torch.float64, device=device)
     if rate.ndim:
         raise ValueError(f"a learning rate is a scalar, found shape {tuple(rate.shape)}; map over members with vmap")
     return rate
@@ -189,12 +189,13 @@ def from_transformation(
         grads: Tree, opt_state: Tree, params: Tree, learning_rate: LearningRate | None = None, *, donate: bool = False
     ) -> tuple[Tree, Tree]:
         grads, params = _nested(grads), _nested(params)
-        rate = current(default if learning_rate is None else learning_rate, opt_state["step"])
+        time = opt_state["step"]
+        rate = current(default if learning_rate is None else learning_rate, time, time.device)
         structure = pytree.tree_structure(init(params))
         state = pytree.tree_unflatten(list(opt_state["inner"].values()), structure)
         updates, state = update(grads, state, params)
         params = tree.map(lambda leaf, change: leaf + rate.to(leaf) * change, params, updates)
         inner = {str(i): leaf for i, leaf in enumerate(pytree.tree_leaves(state))}
-        return params, {"step": opt_state["step"] + 1, "inner": inner}
+        return params, {"step": time + 1, "inner": inner}
 
     return Optimizer(start, step, learning_rate)

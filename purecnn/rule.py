@@ -100,7 +100,8 @@ def optimizer(
         grads: Tree, opt_state: Tree, params: Tree, learning_rate: LearningRate | None = None, *, donate: bool = False
     ) -> tuple[Tree, Tree]:
         time = opt_state["step"] + 1
-        rate = current(default if learning_rate is None else learning_rate, opt_state["step"])
+        chosen = default if learning_rate is None else learning_rate
+        rate = current(chosen, opt_state["step"])
         trees = [params, *(opt_state[name] for name in moments)]
         paths, columns = _columns(grads, *trees)
         if _fusible(columns, rate):
@@ -115,7 +116,7 @@ def optimizer(
                 gs = [_like(grad, param) for grad, param in zip(gs, ps, strict=True)]
                 kernel(ps, gs, ms, Step(_scaled(rate, factor), time, strength))
         else:
-            rate = rate.to(time.device)
+            rate = current(chosen, opt_state["step"], time.device).to(time.device)
             new: dict[str, tuple[Tensor, ...]] = {}
             for path, grad, param, *others in zip(paths, *columns, strict=True):
                 strength, factor = of_path(path)

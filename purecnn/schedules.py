@@ -55,12 +55,12 @@ def piecewise(initial: float, factors: Mapping[int, float]) -> Schedule:
     >>> [round(float(schedule(torch.tensor(step))), 3) for step in (0, 49, 50, 75, 100)]
     [1.0, 1.0, 0.1, 0.01, 0.01]
     """
-    boundaries = sorted(factors)
-    values = [initial, *(initial * factors[boundary] for boundary in boundaries)]
 
     def schedule(step: Tensor) -> Tensor:
-        passed = torch.bucketize(step, torch.tensor(boundaries, device=step.device), right=True)
-        return torch.tensor(values, device=step.device)[passed]
+        value = torch.full_like(step, initial, dtype=torch.float32)
+        for boundary, factor in sorted(factors.items()):
+            value = torch.where(step >= boundary, initial * factor, value)
+        return value
 
     return schedule
 

@@ -250,7 +250,7 @@ def fit(
             batch = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             train_state, metrics = step(train_state, batch, draw_key)
             done += 1
-            count = distributed.total({"": torch.tensor(float(len(labels)), dtype=torch.float64, device=device)})[""]
+            count = distributed.total({"": torch.full((), len(labels), dtype=torch.float64, device=device)})[""]
             sums = sums + torch.stack([metrics.loss * count, metrics.correct, count])
             if last is not None:  # the batch before: an accelerator is still busy with this one
                 check(float(last.loss), first + done - 2, f"in batch {done - 1}")

@@ -1,0 +1,114 @@
+"""A training step as a CUDA graph: its kernels are recorded once, and the host starts them all with one call.
+
+    step = captured(make_step(model, optimizer, donate=True))
+    train_state, metrics = step(train_state, batch, key)
+
+A GPU waits for the host where it has little to do for each kernel: small images, small networks, small batches. A step
+can be recorded because it is pure: what it draws is decided by keys and the step's number, which are on the device.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from purecnn import tree
+from purecnn.eager import is_transformed
+from purecnn.step import Batch, Metrics, Step, TrainState
+
+__all__ = ["captured"]
+
+_WARM = 3
+"""Runs before the recording, in which libraries choose their kernels and the compiler compiles."""
+
+
+def captured(step: Step) -> Step:
+    """The same step, recorded at its first call and replayed at the later ones.
+
+    The train state of the first call is copied. The one that comes out is overwritten by the next call, as with
+    ``make_step(..., donate=True)``, which suits it. Metrics are not. Batches of other shapes than the first one's, such
+    as an epoch's last, are worked on without the recording. Without a GPU nothing is recorded, and under ``vmap`` or
+    ``torch.compile`` the step is the given one.
+
+    Args:
+        step: the step. What it does must not depend on values that the host reads.
+
+    Raises:
+        ValueError: if a later train state has other paths than the first.
+    """
+    recording: _Recording | None = None
+
+    def run(train_state: TrainState, batch: Batch, key: Tensor | None = None) -> tuple[TrainState, Metrics]:
+        nonlocal recording
+        if is_transformed(train_state.step, *batch):
+            return step(train_state, batch, key)
+        if recording is None:
+            recording = _Recording(step, train_state, batch, key)
+        return recording(train_state, batch, key)
+
+    return run
+
+
+class _Recording:
+    """The tensors that the recorded kernels read and write, and the recording."""
+
+    def __init__(self, step: Step, train_state: TrainState, batch: Batch, key: Tensor | None) -> None:
+        self.step = step
+        self.train_state = TrainState(**tree.map(torch.clone, train_state._asdict()))
+        self.leaves = tree.flatten(self.train_state._asdict())
+        self.inputs = [each.clone() for each in _inputs(batch, key)]
+        self.replay: Callable[[], Metrics] = lambda: self.advance(self.inputs)
+        if train_state.step.is_cuda:
+            self.replay = _recorded(self.replay)
+            self.fill(train_state)  # the runs before the recording were steps, too
+
+    def __call__(self, train_state: TrainState, batch: Batch, key: Tensor | None) -> tuple[TrainState, Metrics]:
+        if train_state is not self.train_state:
+            self.fill(train_state)
+        inputs = _inputs(batch, key)
+        if [(each.shape, each.dtype) for each in inputs] == [(each.shape, each.dtype) for each in self.inputs]:
+            for mine, given in zip(self.inputs, inputs, strict=True):
+                mine.copy_(given)
+            metrics = self.replay()
+        else:
+            metrics = self.advance(inputs)
+        return self.train_state, Metrics(*map(torch.clone, metrics))
+
+    def advance(self, inputs: list[Tensor]) -> Metrics:
+        """One step, from the train state's tensors into themselves."""
+        images, labels, *key = inputs
+        after, metrics = self.step(self.train_state, (images, labels), *key)
+        self.fill(after)
+        return metrics
+
+    def fill(self, train_state: TrainState) -> None:
+        """Overwrite the train state; what a donating step has overwritten itself is there already."""
+        given = tree.flatten(train_state._asdict())
+        if different := sorted(given.keys() ^ self.leaves.keys()):
+            raise ValueError(f"the recorded train state has other tensors: {', '.join(different[:5])}")
+        pairs = [(mine, given[path]) for path, mine in self.leaves.items() if given[path] is not mine]
+        torch._foreach_copy_([mine for mine, _ in pairs], [theirs for _, theirs in pairs])
+
+
+def _inputs(batch: Batch, key: Tensor | None) -> list[Tensor]:
+    return [*batch] if key is None else [*batch, key]
+
+
+def _recorded(work: Callable[[], Metrics]) -> Callable[[], Metrics]:
+    """A function that starts again what this one starts, without the host's part of it."""
+    aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(_WARM):
+            work()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    # Threads that read pictures may ask for memory meanwhile, which concerns this thread alone if it does so itself.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        metrics = work()
+
+    def replay() -> Metrics:
+        graph.replay()
+        return metrics
+
+    return replay
