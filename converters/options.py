@@ -83,6 +83,7 @@ class Options:
     workers: int
     device: str
     compile: bool | None
+    capture: bool
     synchronize: bool
     """Batch normalisation sees the batch of all processes."""
 
@@ -105,7 +106,7 @@ class Options:
         return shlex.join(words)
 
 
-ELSEWHERE = ("root", "workers", "device", "compile")
+ELSEWHERE = ("root", "workers", "device", "compile", "capture")
 """Options that may change when a run goes on on another machine: they change no result but by rounding."""
 
 

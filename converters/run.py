@@ -282,6 +282,7 @@ class _Run:
                 accumulate=options.accumulate,
                 remat=options.remat,
                 compile=options.compile,
+                capture=options.capture,
             )
         finally:
             if self.rows and self.writes:

@@ -90,6 +90,7 @@ def train(
     workers: Workers = 0,
     device: Device = "auto",
     compile: Annotated[bool | None, typer.Option("--compile/--no-compile", help="By default on a GPU.")] = None,
+    capture: Annotated[bool, typer.Option("--capture", help="On a GPU: the step as one CUDA graph.")] = False,
     synchronize: Annotated[
         bool, typer.Option("--synchronize", help="Batch normalisation over all processes of torchrun.")
     ] = False,
@@ -140,6 +141,7 @@ def train(
             workers=workers,
             device=str(where),
             compile=compile,
+            capture=capture,
             synchronize=synchronize,
         )
         folder = _run_folder(options, out, resume)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from purecnn import distributed, random, tree
+from purecnn.capture import captured
 from purecnn.model import Model
 from purecnn.optimizers import Optimizer
 from purecnn.precision import Policy
@@ -180,6 +181,7 @@ def fit(
     trainable: Trainable | None = None,
     policy: Policy | None = None,
     average: float | None = None,
+    capture: bool = False,
     on_step: Callable[[Position, Metrics], bool | None] | None = None,
     on_epoch: Callable[[Epoch, TrainState], None] | None = None,
     **settings: Any,
@@ -208,6 +210,7 @@ def fit(
             ``model.init``'s.
         position: where to go on, in place of ``start``. Its tensors are not overwritten.
         trainable, policy, average: see `make_step`. With an average, that is what is evaluated.
+        capture: on a GPU, record the step as a CUDA graph (`purecnn.capture`).
         on_step: called after each step; to look at values on an accelerator is to wait for them. The position's
             tensors are overwritten by the next step. If it returns True, the training stops there.
         on_epoch: called as ``on_epoch(row, train_state)`` after each epoch. The train state may be kept.
@@ -228,6 +231,7 @@ def fit(
         )
         position = Position.start(begin)
     step = make_step(model, optimizer, trainable=trainable, policy=policy, average=average, donate=True, **settings)
+    step = captured(step) if capture else step
     kept, epoch, done, sums, seconds, history = position
     device = _device(kept.params)
     draw_key = draw_key.to(device)

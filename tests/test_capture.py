@@ -10,6 +10,7 @@ from purecnn.capture import captured
 from purecnn.optimizers import adamw, clipped, sgd
 from purecnn.precision import POLICIES
 from purecnn.step import TrainState, make_step
+from purecnn.training import fit
 from tests.test_training import TINY, batch, equal, start
 
 SETTINGS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -70,3 +71,17 @@ def test_other_train_states_are_refused() -> None:
     train_state, _ = recorded(start(TINY, optimizer), batch(0), random.key(1))
     with pytest.raises(ValueError, match=r"other tensors: opt_state\.momentum"):
         recorded(train_state._replace(opt_state={"step": train_state.step}), batch(0), random.key(1))
+
+
+def test_a_training_is_the_same() -> None:
+    def run(capture: bool) -> Any:
+        def train(key: Any) -> Any:
+            return [batch(i, 6 if i < 2 else 4) for i in range(3)]
+
+        optimizer = adamw(1e-2)
+        return fit(TINY, optimizer, train, [batch(9)], epochs=2, key=random.key(0), average=0.9, capture=capture)
+
+    recorded, plain = run(True), run(False)
+    assert equal(recorded.train_state, plain.train_state)
+    assert equal(recorded.best, plain.best)
+    assert [row[:-1] for row in recorded.history] == [row[:-1] for row in plain.history]

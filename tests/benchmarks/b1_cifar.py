@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import purecnn
 from purecnn import augment, data, random, schedules, tree
+from purecnn.capture import captured
 from purecnn.data import Preprocessing
 from purecnn.optimizers import Optimizer, muon, partitioned, sgd
 from purecnn.precision import Policy
@@ -142,7 +143,7 @@ def trainer(
     vary = augment.chain(augment.flip, augment.crop(2, "reflect"), augment.normalize(MEAN, STD))
     trainable = lambda path: path != "stem.whiten.weight"  # noqa: E731
     settings: dict[str, Any] = {"label_smoothing": 0.2, "policy": policy, "augment": vary, "trainable": trainable}
-    step = make_step(model, optimizer, donate=True, compile=not setting.toy, **settings)
+    step = captured(make_step(model, optimizer, donate=True, compile=not setting.toy, **settings))
     key = random.key(1, setting.device)
 
     def train() -> tuple[Tree, Tree]:

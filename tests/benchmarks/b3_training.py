@@ -1,13 +1,14 @@
 """B3: the training step of a ResNet-50 in bfloat16, channels last, batch 256."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from purecnn import tree
+from purecnn.capture import captured
 from purecnn.optimizers import sgd
 from purecnn.precision import Policy
 from purecnn.step import TrainState, make_step
@@ -34,10 +35,13 @@ def run(setting: Setting) -> Iterator[Row]:
     policy = Policy(compute=torch.bfloat16)
     optimizer = sgd(RATE, momentum=0.9)
 
-    def ours(whole: bool) -> Callable[[], Tensor]:
+    def ours(way: Literal["", "whole", "recorded"] = "") -> Callable[[], Tensor]:
+        whole = way == "whole"
         step = make_step(model, optimizer, policy=policy, donate=not whole, compile=False if whole else not setting.toy)
         if whole:
             step = setting.compile(step, fullgraph=True)
+        elif way == "recorded":
+            step = captured(step)
         train_state = TrainState.start(tree.map(torch.clone, params), state, optimizer, policy=policy)
 
         def run() -> Tensor:
@@ -47,13 +51,14 @@ def run(setting: Setting) -> Iterator[Row]:
 
         return run
 
-    default = ours(whole=False)
+    default = ours()
     peers: dict[str, Callable[[], Tensor]] = {
         "torchvision eager": loop(setting, module, x, labels),
         "torchvision, torch.compile, CUDA graphs": loop(
             setting, pair(name, setting.device)[3], x, labels, compile=True
         ),
-        "ours, the whole step compiled": ours(whole=True),
+        "ours, the whole step compiled": ours("whole"),
+        "ours, recorded as a CUDA graph": ours("recorded"),
     }
     if not setting.toy and (network := _timm(name)) is not None:
         peers["timm, torch.compile, CUDA graphs"] = loop(setting, network.to(setting.device), x, labels, compile=True)

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 import purecnn
 from purecnn import random, tree
+from purecnn.capture import captured
 from purecnn.optimizers import sgd
 from purecnn.training import TrainState, make_step
 from purecnn.tree import Tree
@@ -151,6 +152,7 @@ def training(setting: Setting, name: str, build: Build, batch: int) -> list[Row]
     optimizer = sgd(RATE, momentum=0.9)
     reference = torch.optim.SGD(module.parameters(), lr=RATE, momentum=0.9)
     step = make_step(model, optimizer, donate=True)
+    step = captured(step) if setting.cuda else step
     train_state = TrainState.start(tree.map(torch.clone, params), state, optimizer)
     functional = {path: leaf.detach().clone() for path, leaf in module.named_parameters()}
     momenta = {path: torch.zeros_like(leaf) for path, leaf in functional.items()}
