@@ -209,6 +209,8 @@ def linear(
 def _hardsigmoid(x: Tensor) -> Tensor:
     # F.hardsigmoid has no second derivative. It divides by 6, but its gradient multiplies by 1/6 in single precision,
     # also in double: so does this.
+    if not is_transformed(x):
+        return F.hardsigmoid(x)
     rising = F.relu6(x + 3)
     y = rising * 0.1666666716337204
     return y + (rising / 6 - y).detach()

@@ -55,6 +55,9 @@ def test_pictures_and_classes(tmp_path: Path) -> None:
     images, labels = next(iter(data.batches(found.train, prepare, 4, key=random.key(0))))
     assert images.shape == (4, 3, 32, 32)
     assert labels.dtype == torch.int64
+    others = next(iter(data.batches(found.train, prepare, 4, key=random.key(0), workers=1)))  # in a process of its own
+    assert torch.equal(others[0], images)
+    assert torch.equal(others[1], labels)
 
 
 def test_it_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
