@@ -17,6 +17,7 @@ from purecnn.convolution import conv2d
 from purecnn.eager import is_mapped, is_transformed
 from purecnn.initializers import Initializer
 from purecnn.layer import DRAW, Apply, Layer, Mode, multiply, serial
+from purecnn.normalization import batch_normalize
 from purecnn.tree import Tree
 
 
@@ -246,6 +247,11 @@ def batch_norm(eps: float = 1e-5, momentum: float = 0.1) -> Layer:
             if is_mapped():  # where torch cannot mix types
                 x = x.to(mean.dtype)
         if not mode.batch_statistics:
+            if is_mapped() and not torch.compiler.is_compiling():
+                # One pass, where torch's rule makes three.
+                scale = weight * (var + eps).rsqrt()
+                y = torch.addcmul((bias - mean * scale)[:, None, None], x, scale[:, None, None])
+                return y if y.dtype == dtype else y.to(dtype), state
             # F.batch_norm without its way through Python; the last argument allows cuDNN.
             y = torch.batch_norm(x, weight, bias, mean, var, False, momentum, eps, True)
             return y if y.dtype == dtype else y.to(dtype), state
@@ -256,8 +262,11 @@ def batch_norm(eps: float = 1e-5, momentum: float = 0.1) -> Layer:
             y, m, v, values = _normalized_over_processes(x.to(mean.dtype), eps)
             y = y * rearrange(weight, "c -> c 1 1") + rearrange(bias, "c -> c 1 1")
         elif is_mapped():
-            # The operator below has no vmap rule. This one has, but gives the deviation in place of the variance.
-            y, m, inverse = torch.ops.aten._native_batch_norm_legit.no_stats(x, weight, bias, True, momentum, eps)
+            # The operator below has no vmap rule. These have, but give the deviation in place of the variance.
+            if torch.compiler.is_compiling():
+                y, m, inverse = torch.ops.aten._native_batch_norm_legit.no_stats(x, weight, bias, True, momentum, eps)
+            else:
+                y, m, inverse = batch_normalize(x, weight, bias, eps)
             m, v = m.detach(), inverse.detach().square().reciprocal() - eps
         else:
             # What F.batch_norm does, but for writing into the running statistics.

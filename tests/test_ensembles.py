@@ -112,14 +112,17 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.parametrize("chunk_size", [None, 1, 2], ids=["all", "in turn", "two at a time"])
 @pytest.mark.parametrize("donate", [False, True], ids=["pure", "donating"])
 @pytest.mark.parametrize("own_batch", [False, True], ids=["shared batch", "own batch"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_members_equal_their_solo_training(optimizer: Optimizer, own_batch: bool, donate: bool) -> None:
+def test_members_equal_their_solo_training(
+    optimizer: Optimizer, own_batch: bool, donate: bool, chunk_size: int | None
+) -> None:
     """Own keys, masks, statistics and, if they like, data; three steps."""
     together = start(*vmap(TINY.init)(KEYS), optimizer)
     alone = [TrainState.start(*TINY.init(key), optimizer) for key in KEYS]
-    step = make_ensemble_step(TINY, optimizer, own_batch=own_batch, donate=donate)
+    step = make_ensemble_step(TINY, optimizer, own_batch=own_batch, donate=donate, chunk_size=chunk_size)
     solo = make_step(TINY, optimizer)
     for i in range(3):
         data = batch(i, MEMBERS) if own_batch else batch(i)

@@ -1,0 +1,173 @@
+"""Batch normalisation where ``vmap`` maps over images: the members' channels are normalised side by side, in one pass.
+
+Torch's own rule normalises first and then multiplies and adds in passes of their own, and finds the normalised images
+again in the backward pass.
+"""
+
+from typing import Any
+
+import torch
+from einops import rearrange, reduce
+from torch import Tensor
+
+__all__ = ["batch_normalize"]
+
+
+def batch_normalize(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalise by the batch's own statistics; for use under ``vmap``.
+
+    Args:
+        x: images, ``(b, c, h, w)``.
+        weight, bias: ``(c,)``.
+        eps: keeps the division finite.
+
+    Returns:
+        The normalised images; and the mean and ``1 / sqrt(variance + eps)`` of each channel, constants for derivatives.
+    """
+    y, mean, inverse = _Normalize.apply(x, weight, bias, eps)
+    return y, mean, inverse
+
+
+def _broad(channels: Tensor) -> Tensor:
+    return channels[:, None, None]
+
+
+def _total(x: Tensor) -> Tensor:
+    return reduce(x, "b c h w -> c", "sum")
+
+
+def _mean(x: Tensor) -> Tensor:
+    return _broad(reduce(x, "b c h w -> c", "mean"))
+
+
+def _normal(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Images of mean 0 and variance 1, and what they were multiplied by, as functions that can be differentiated."""
+    centred = x - _mean(x)
+    inverse = (_mean(centred.square()) + eps).rsqrt()
+    return centred * inverse, inverse
+
+
+def _moved(normal: Tensor, inverse: Tensor, direction: Tensor) -> Tensor:
+    """How normalised images move with the images; the map is its own adjoint."""
+    return inverse * (direction - _mean(direction) - normal * _mean(normal * direction))
+
+
+def _side_by_side(batch_size: int, dims: tuple[int | None, ...], tensors: tuple[Tensor, ...]) -> list[Tensor]:
+    """All members' channels in one tensor: of images ``(b, members * c, h, w)``, of others ``(members * c,)``."""
+    folded = []
+    for dim, tensor in zip(dims, tensors, strict=True):
+        axis = 0 if tensor.ndim - (dim is not None) == 1 else 1
+        if dim is None:
+            shape = [*tensor.shape[:axis], batch_size, *tensor.shape[axis:]]
+            tensor = tensor.unsqueeze(axis).expand(shape)
+        else:
+            tensor = tensor.movedim(dim, axis)
+        folded.append(tensor.flatten(axis, axis + 1))
+    return folded
+
+
+def _apart(members: int, tensors: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """What came out, with an axis of members, and where that is."""
+    patterns = ("(m c) -> m c" if tensor.ndim == 1 else "b (m c) h w -> b m c h w" for tensor in tensors)
+    apart = tuple(rearrange(tensor, pattern, m=members) for tensor, pattern in zip(tensors, patterns, strict=True))
+    return apart, tuple(0 if tensor.ndim == 1 else 1 for tensor in tensors)
+
+
+class _Normalize(torch.autograd.Function):
+    """``weight * normal(x) + bias``, the mean and the inverse deviation."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        y, mean, inverse = torch.ops.aten._native_batch_norm_legit.no_stats(x, weight, bias, True, 0.0, eps)
+        return y, mean, inverse
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, weight, _, ctx.eps = inputs
+        _, mean, inverse = output
+        ctx.mark_non_differentiable(mean, inverse)
+        ctx.save_for_backward(x, weight, mean, inverse)
+        ctx.save_for_forward(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> tuple[Any, ...]:
+        return *_Gradients.apply(cotangents[0], *ctx.saved_tensors, ctx.eps), None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        x, weight = ctx.saved_tensors
+        direction, of_weight, of_bias, _ = tangents
+        normal, inverse = _normal(x, ctx.eps)
+        moved = torch.zeros_like(x)
+        if direction is not None:
+            moved = _broad(weight) * _moved(normal, inverse, direction)
+        if of_weight is not None:
+            moved = moved + _broad(of_weight) * normal
+        if of_bias is not None:
+            moved = moved + _broad(of_bias)
+        return moved, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
+        *tensors, eps = inputs
+        folded = _side_by_side(info.batch_size, in_dims[:-1], tuple(tensors))
+        return _apart(info.batch_size, _Normalize.apply(*folded, eps))
+
+
+class _Gradients(torch.autograd.Function):
+    """The gradients of images, weight and bias from that of the output, ``g``.
+
+    ``(weight * inverse * (g - mean(g) - normal * mean(g * normal)), sum(g * normal), sum(g))``. Mean and inverse
+    deviation are given, to be spared; derivatives take them for the functions of ``x`` that they are.
+    """
+
+    @staticmethod
+    def forward(
+        g: Tensor, x: Tensor, weight: Tensor, mean: Tensor, inverse: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        of_x, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
+            g, x, weight, None, None, mean, inverse, True, eps, [True, True, True]
+        )
+        return of_x, of_weight, of_bias
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        g, x, weight, _, _, ctx.eps = inputs
+        ctx.save_for_backward(g, x, weight)
+        ctx.save_for_forward(g, x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> tuple[Any, ...]:
+        g, x, weight = ctx.saved_tensors
+        u, of_weight, of_bias = cotangents
+        normal, inverse = _normal(x, ctx.eps)
+        weight, of_weight, of_bias = map(_broad, (weight, of_weight, of_bias))
+        # The scalar product of cotangents and gradients, as a function of g, weight, and x through both of these.
+        by_inverse = _mean(u * g) - _mean(u) * _mean(g) - _mean(u * normal) * _mean(g * normal)
+        by_normal = of_weight * g - weight * inverse * (_mean(g * normal) * u + _mean(u * normal) * g)
+        by_g = weight * _moved(normal, inverse, u) + of_weight * normal + of_bias
+        by_x = _moved(normal, inverse, by_normal) - inverse.square() * weight * by_inverse * normal
+        by_weight = (inverse * by_inverse).flatten() * (x.numel() // x.shape[1])
+        return by_g, by_x, by_weight, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        g, x, weight = ctx.saved_tensors
+        dg, dx, dweight = (
+            torch.zeros_like(like) if tangent is None else tangent
+            for tangent, like in zip(tangents, (g, x, weight), strict=False)
+        )
+        normal, inverse = _normal(x, ctx.eps)
+        weight, dweight = _broad(weight), _broad(dweight)
+        dnormal, dinverse = _moved(normal, inverse, dx), -inverse.square() * _mean(normal * dx)
+        products, dproducts = g * normal, dg * normal + g * dnormal
+        rest = g - _mean(g) - normal * _mean(products)
+        drest = dg - _mean(dg) - dnormal * _mean(products) - normal * _mean(dproducts)
+        of_x = (dweight * inverse + weight * dinverse) * rest + weight * inverse * drest
+        return of_x, _total(dproducts), _total(dg)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
+        *tensors, eps = inputs
+        folded = _side_by_side(info.batch_size, in_dims[:-1], tuple(tensors))
+        return _apart(info.batch_size, _Gradients.apply(*folded, eps))
