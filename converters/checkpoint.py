@@ -122,13 +122,7 @@ def check(model: Model, params: Tree, state: Tree) -> None:
     Raises:
         ConversionError: that lists every difference.
     """
-    for what, meta, given in zip(("parameters", "statistics"), model.spec(), (params, state), strict=True):
-        expected = {path: tuple(leaf.shape) for path, leaf in tree.flatten(meta).items()}
-        found = {path: tuple(leaf.shape) for path, leaf in tree.flatten(given).items()}
-        if found != expected:
-            lines = [
-                f"{path} (expected {expected.get(path, 'nothing')}, found {found.get(path, 'nothing')})"
-                for path in sorted(expected.keys() | found.keys())
-                if expected.get(path) != found.get(path)
-            ]
-            raise ConversionError(f"the {what} are not those of {model.name}: {', '.join(lines)}")
+    try:
+        model.check(params, state)
+    except ValueError as error:
+        raise ConversionError(str(error)) from None

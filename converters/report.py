@@ -113,7 +113,7 @@ def mistakes(
     model: Model, params: Tree, state: Tree, dataset: DataSet, prepare: Preprocessing, count: int = 24
 ) -> list[Mistake]:
     """The pictures of the held-out half that are taken for another class's, the most confident ones first."""
-    device = next(iter(tree.flatten(params).values())).device
+    device = tree.device(params)
     confidences, predictions, labels = [], [], []
     with torch.no_grad():
         for images, truth in data.batches(dataset.test, prepare.evaluation(), 64):
@@ -141,7 +141,7 @@ def first_filters(model: Model, params: Tree, state: Tree) -> tuple[str, Tensor]
             found.append((mode.path, params["weight"]))
         return layer.apply(params, state, x, mode)
 
-    device = next(iter(tree.flatten(params).values())).device
+    device = tree.device(params)
     blank = torch.zeros(1, model.in_channels, model.image_size, model.image_size, device=device)
     with torch.no_grad():
         model.apply(params, state, blank, around=around)

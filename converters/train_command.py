@@ -178,7 +178,7 @@ def train(
         if distributed.rank() == 0:
             _tell(result, options, folder, len(dataset.skipped), as_json)
     if result.stopped:
-        raise typer.Exit(128 + stop[0])
+        raise typer.Exit(128 + (stop[0] if stop else signal.SIGTERM))
 
 
 def _run_folder(options: Options, out: Path | None, resume: bool) -> Path:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.func import grad
 
 from purecnn import random
+from purecnn.eager import is_transformed
 from purecnn.model import Model
 from purecnn.tree import Tree
 
@@ -104,6 +105,8 @@ def pgd(
         raise ValueError(f"steps is at least 1, found {steps}")
     if isinstance(epsilon, (int, float)) and epsilon < 0:
         raise ValueError(f"epsilon is at least 0, found {epsilon}")
+    if bounds is not None and not is_transformed(x) and not x.equal(x.clamp(*(_like(bound, x) for bound in bounds))):
+        raise ValueError("some images exceed the bounds, which are in the images' own units, as they are normalised")
     limit, size = _like(epsilon, x), _like(step_size, x) * (-1 if targeted else 1)
     criterion = model.loss or F.cross_entropy
 

@@ -56,14 +56,16 @@ class _Recording:
         self.step = step
         self.train_state = TrainState(**tree.map(torch.clone, train_state._asdict()))
         self.leaves = tree.flatten(self.train_state._asdict())
-        self.inputs = [each.clone() for each in _inputs(batch, key)]
+        # Where the state is: of a key on the host the recording would keep the numbers.
+        device = train_state.step.device
+        self.inputs = [each.to(device, copy=True) for each in _inputs(batch, key)]
         self.replay: Callable[[], Metrics] = lambda: self.advance(self.inputs)
-        if train_state.step.is_cuda:
-            self.replay = _recorded(self.replay)
-            self.fill(train_state)  # the runs before the recording were steps, too
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                self.replay = _recorded(self.replay)
 
     def __call__(self, train_state: TrainState, batch: Batch, key: Tensor | None) -> tuple[TrainState, Metrics]:
-        if train_state is not self.train_state:
+        if train_state is not self.train_state:  # nor after the recording, since the runs before it were steps, too
             self.fill(train_state)
         inputs = _inputs(batch, key)
         if [(each.shape, each.dtype) for each in inputs] == [(each.shape, each.dtype) for each in self.inputs]:
@@ -71,7 +73,7 @@ class _Recording:
                 mine.copy_(given)
             metrics = self.replay()
         else:
-            metrics = self.advance(inputs)
+            metrics = self.advance([each.to(self.train_state.step.device) for each in inputs])
         return self.train_state, Metrics(*map(torch.clone, metrics))
 
     def advance(self, inputs: list[Tensor]) -> Metrics:

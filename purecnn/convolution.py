@@ -72,7 +72,7 @@ def conv2d(
     if groups == 1 and geometry.image == geometry.kernel == (1, 1) and padding == (0, 0):
         return F.linear(x[..., 0, 0], weight[..., 0, 0], bias)[..., None, None]
     # Images that all members share are convolved with one wide kernel already.
-    if not _is_mapped(x) or not _one_by_one(x.shape, weight.shape, geometry):
+    if not _is_mapped(x) or not x.is_cpu or not _one_by_one(x.shape, weight.shape, geometry):
         return torch.conv2d(x, weight, bias, stride, padding, 1, groups)
     result = _Product.apply(x, weight, None, bias, geometry)
     return result

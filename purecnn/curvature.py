@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.func import grad, jacrev, jvp, vjp, vmap
 
 from purecnn import random, tree
-from purecnn.layer import Outputs
+from purecnn.layer import logits_of
 from purecnn.model import Model
 from purecnn.step import partition
 from purecnn.tree import Tree
@@ -70,7 +70,7 @@ def frozen(model: Model, state: Tree, *, train: bool = False, key: Tensor | None
 
     def network(params: Tree, images: Tensor) -> Tensor:
         outputs, _ = model.apply(params, state, images, train=train, key=key, statistics="running")
-        return outputs.logits if isinstance(outputs, Outputs) else outputs
+        return logits_of(outputs)
 
     return network
 
@@ -123,6 +123,11 @@ def unravel(vector: Tensor, like: Tree) -> Tree:
     )
 
 
+def _like(params: Tree, v: Tree) -> Tree:
+    """A tree in the order of another one, on which ``torch.func`` insists."""
+    return tree.map(lambda _, leaf: leaf, params, v)
+
+
 # Products ------------------------------------------------------------------------------------------------------
 
 
@@ -139,7 +144,7 @@ def hvp(loss: Loss, params: Tree, v: Tree) -> Tree:
     >>> hvp(lambda p: (p["w"] ** 3).sum(), {"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([1.0, 1.0])})
     {'w': tensor([ 6., 12.])}
     """
-    return jvp(grad(loss), (params,), (v,))[1]
+    return jvp(grad(loss), (params,), (_like(params, v),))[1]
 
 
 def ggn_product(outputs: Callable[[Tree], Tensor], loss: Callable[[Tensor], Tensor], params: Tree, v: Tree) -> Tree:
@@ -160,7 +165,7 @@ def ggn_product(outputs: Callable[[Tree], Tensor], loss: Callable[[Tensor], Tens
     {'w': tensor([ 4., 16.])}
     """
     at, pull = vjp(outputs, params)[:2]
-    along = jvp(outputs, (params,), (v,))[1]
+    along = jvp(outputs, (params,), (_like(params, v),))[1]
     curved = jvp(grad(loss), (at,), (along,))[1]
     return pull(curved)[0]
 

@@ -42,12 +42,16 @@ def total(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
 
 class _Sum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(x: Tensor) -> Tensor:
         return total({"": x})[""]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return total({"": grad})[""]
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _Sum.apply(*grads)
 
 
 def total_flowing(x: Tensor) -> Tensor:

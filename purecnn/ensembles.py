@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from purecnn import tree
 from purecnn.augment import Augment
-from purecnn.layer import Outputs
+from purecnn.layer import logits_of
 from purecnn.model import Model
 from purecnn.optimizers import Optimizer
 from purecnn.paper import Loss
@@ -341,7 +341,7 @@ def mc_dropout(model: Model, params: Tree, state: Tree, x: Tensor, keys: Tensor)
 
     def one(key: Tensor) -> Tensor:
         outputs, _ = model.apply(params, state, x, train=True, statistics="running", key=key)
-        found: Tensor = outputs.logits if isinstance(outputs, Outputs) else outputs
+        found: Tensor = logits_of(outputs)
         return found
 
     return vmap(one)(keys)

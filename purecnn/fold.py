@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from purecnn import tree
+from purecnn.eager import is_transformed
 from purecnn.layer import Layer, Mode
 from purecnn.layers import Convolution
 from purecnn.model import Model
@@ -211,6 +212,8 @@ def _with_packed_weight(layer: Layer, params: Tree, state: Tree, x: Any) -> Any:
     kind = layer.kind
     if not isinstance(kind, Convolution) or not params["weight"].is_mkldnn:
         return None
+    if is_transformed(x) and not torch.compiler.is_compiling():
+        raise ValueError("a packed network has no derivatives and cannot be mapped: use the folded one")
     return torch.ops.mkldnn._convolution_pointwise(
         x, params["weight"], params.get("bias"), kind.padding, [kind.stride] * 2, [1, 1], kind.groups, "none", [], ""
     )

@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -46,9 +46,12 @@ DRAW = "(draw)"
 """Stands for a random draw: in `Layer.names` if it is made at the layer's own path, and in a tap's path."""
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _number(path: str) -> int:
     return zlib.crc32(path.encode())
+
+
+# What torch.compiler.assume_constant_result does, but for importing the compiler, which takes seconds.
+vars(_number)["_dynamo_marked_constant"] = True
 
 
 class Mode(NamedTuple):
@@ -108,6 +111,12 @@ class Outputs(NamedTuple):
     """The auxiliary heads' logits, from shallow to deep."""
 
 
+def logits_of(outputs: Any) -> Tensor:
+    """The network's own logits, without those of auxiliary heads."""
+    logits: Tensor = outputs.logits if isinstance(outputs, Outputs) else outputs
+    return logits
+
+
 Init = Callable[[Any, Mode], tuple[Tree, Tree, Any]]
 Apply = Callable[[Tree, Tree, Any, Mode], tuple[Any, Tree]]
 
@@ -130,6 +139,8 @@ class Layer:
 
 
 _EMPTY: Tree = {}
+_After: TypeAlias = tuple[Any, Tree]
+"""By a name, because the compiler cannot subscript types in functions inside of functions."""
 
 
 def _blame(error: Exception, name: str, x: Any) -> None:
@@ -176,7 +187,7 @@ def named(name: str, layer: Layer) -> Layer:
 
 
 def _rematerialized(layer: Layer, params: Tree, state: Tree, x: Any, mode: Mode) -> tuple[Any, Tree]:
-    def run(params: Tree, state: Tree, x: Any, key: Tensor | None) -> tuple[Any, Tree]:
+    def run(params: Tree, state: Tree, x: Any, key: Tensor | None) -> _After:
         return layer.apply(params, state, x, mode._replace(key=key, remat=False))
 
     y, after = rematerialize(run, params, state, x, mode.key)

@@ -38,6 +38,9 @@ class Leaf(NamedTuple):
         return torch.full(self.shape, value, device="meta" if mode.key is None else mode.key.device)
 
 
+# By a name, because the compiler cannot subscript types in functions inside of functions.
+_Trees: TypeAlias = list[Tree]
+
 Leaves = tuple[dict[str, Leaf], dict[str, Leaf]]
 """The parameters and the statistics of one layer, by name."""
 
@@ -77,12 +80,17 @@ def parametric(
     def init(x: Any, mode: Mode) -> tuple[Tree, Tree, Any]:
         found = leaves(x)
 
-        def draw(mode: Mode) -> list[Tree]:
-            return [{name: leaf.draw(name, mode) for name, leaf in part.items()} for part in found]
+        def draw(mode: Mode) -> _Trees:
+            # A law is for what is trained.
+            modes = mode, mode._replace(law=None)
+            return [
+                {name: leaf.draw(name, own) for name, leaf in part.items()}
+                for part, own in zip(found, modes, strict=True)
+            ]
 
         if keeps_shape:
             return *draw(mode), x
-        abstract = mode._replace(key=None)
+        abstract = mode._replace(key=None, law=None)
         params, state = draw(abstract)
         y, _ = apply(params, state, x, abstract)
         if mode.key is not None:
@@ -250,7 +258,8 @@ def batch_norm(eps: float = 1e-5, momentum: float = 0.1) -> Layer:
             if is_mapped() and not torch.compiler.is_compiling():
                 # One pass, where torch's rule makes three.
                 scale = weight * (var + eps).rsqrt()
-                y = torch.addcmul((bias - mean * scale)[:, None, None], x, scale[:, None, None])
+                shape = (-1, *(1,) * (x.ndim - 2))
+                y = torch.addcmul((bias - mean * scale).view(shape), x, scale.view(shape))
                 return y if y.dtype == dtype else y.to(dtype), state
             # F.batch_norm without its way through Python; the last argument allows cuDNN.
             y = torch.batch_norm(x, weight, bias, mean, var, False, momentum, eps, True)
@@ -262,11 +271,8 @@ def batch_norm(eps: float = 1e-5, momentum: float = 0.1) -> Layer:
             y, m, v, values = _normalized_over_processes(x.to(mean.dtype), eps)
             y = y * rearrange(weight, "c -> c 1 1") + rearrange(bias, "c -> c 1 1")
         elif is_mapped():
-            # The operator below has no vmap rule. These have, but give the deviation in place of the variance.
-            if torch.compiler.is_compiling():
-                y, m, inverse = torch.ops.aten._native_batch_norm_legit.no_stats(x, weight, bias, True, momentum, eps)
-            else:
-                y, m, inverse = batch_normalize(x, weight, bias, eps)
+            # The operator below has no vmap rule. This one has, but gives the deviation in place of the variance.
+            y, m, inverse = batch_normalize(x, weight, bias, eps)
             m, v = m.detach(), inverse.detach().square().reciprocal() - eps
         else:
             # What F.batch_norm does, but for writing into the running statistics.

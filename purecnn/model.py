@@ -2,22 +2,24 @@
 
 import difflib
 import fnmatch
+import functools
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from purecnn.layer import Around, Law, Layer, Mode, Tap
+from purecnn import tree
+from purecnn.layer import Around, Law, Layer, Mode, Tap, logits_of
 from purecnn.paper import Loss, Paper, Variant
 from purecnn.tree import Tree
 from purecnn.zoo import VARIANTS
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # functions cannot be compared: a model equals itself
 class Model:
     """A convolutional network as two pure functions, `init` and `apply`.
 
@@ -40,6 +42,8 @@ class Model:
     """The paper's own loss, where that is not cross-entropy."""
     pixels: tuple[float, float] | None = None
     """What black and white are for this network, where its paper says so."""
+    built: Layer | None = field(default=None, repr=False)
+    """The layer that `create` built."""
 
     @classmethod
     def of(
@@ -49,10 +53,22 @@ class Model:
         num_classes: int,
         in_channels: int = 3,
         image_size: int = 224,
+        norm: Literal["batch", "group"] = "batch",
         name: str = "custom",
         loss: Loss | None = None,
     ) -> "Model":
-        """A model from a layer of one's own, for all that takes a model; it is not in the table.
+        """A model from a layer of one's own; it is not in the table, from which alone `create` and files build models.
+
+        Args:
+            layer: from images to logits, or to `Outputs`.
+            num_classes: how many logits it gives for an image.
+            in_channels, image_size: of the images that the shapes of its parameters are worked out for.
+            norm: see `create`.
+            name: what errors call it.
+            loss: of outputs and labels; by default cross-entropy.
+
+        Raises:
+            ValueError: if it gives another number of logits.
 
         >>> import purecnn
         >>> from purecnn.layers import conv, global_avg_pool, linear, relu
@@ -61,7 +77,23 @@ class Model:
         """
         paper = Paper(name, "", 0, "")
         settings = MappingProxyType({"num_classes": num_classes})
-        return cls(name, layer, settings, paper, in_channels, image_size, loss=loss)
+        model = cls(name, layer, settings, paper, in_channels, image_size, norm, loss)
+        found = logits_of(model._init(Mode(train=True, batch_statistics=True, norm=norm))[2]).shape[1]
+        if found != num_classes:
+            raise ValueError(f"the layer gives {found} logits, but num_classes is {num_classes}")
+        return model
+
+    def __copy__(self) -> "Model":
+        return self  # nothing of it changes
+
+    def __deepcopy__(self, memo: Any) -> "Model":
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickle: a model of the table is built again, since functions cannot be written."""
+        if self.layer is not self.built:
+            raise TypeError(f"{self.name!r} has a layer of its own, which cannot be pickled: build it where it is used")
+        return functools.partial(create, self.name, **self.settings), ()
 
     @property
     def num_classes(self) -> int:
@@ -86,16 +118,40 @@ class Model:
         tensor([0.5000, 0.5000])
         """
         chosen = find(self.name).paper_law if law == "paper" else law
-        return self._init(Mode(train=True, batch_statistics=True, key=key, law=chosen, norm=self.norm))
+        return self._init(Mode(train=True, batch_statistics=True, key=key, law=chosen, norm=self.norm))[:2]
 
     def spec(self) -> tuple[Tree, Tree]:
         """Parameters and running statistics as meta tensors: names, shapes and types without values."""
-        return self._init(Mode(train=True, batch_statistics=True, norm=self.norm))
+        return self._init(Mode(train=True, batch_statistics=True, norm=self.norm))[:2]
 
-    def _init(self, mode: Mode) -> tuple[Tree, Tree]:
+    def _init(self, mode: Mode) -> tuple[Tree, Tree, Any]:
         x = torch.empty(2, self.in_channels, self.image_size, self.image_size, device="meta")
-        params, state, _ = self.layer.init(x, mode)
-        return params, state
+        return self.layer.init(x, mode)
+
+    def check(self, params: Tree, state: Tree) -> None:
+        """That trees have the names and shapes of this model's.
+
+        Raises:
+            ValueError: that names what differs.
+
+        >>> import purecnn
+        >>> params, state = purecnn.create("resnet34").spec()
+        >>> purecnn.create("resnet18").check(params, state)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ValueError: the parameters are not those of resnet18: ...
+        """
+        for what, meta, given in zip(("parameters", "statistics"), self.spec(), (params, state), strict=True):
+            expected, found = (
+                {path: tuple(leaf.shape) for path, leaf in tree.flatten(each).items()} for each in (meta, given)
+            )
+            lines = [
+                f"{path} (expected {expected.get(path, 'nothing')}, found {found.get(path, 'nothing')})"
+                for path in sorted(expected.keys() | found.keys())
+                if expected.get(path) != found.get(path)
+            ]
+            if lines:
+                more = f", and {len(lines) - 10} more" if len(lines) > 10 else ""
+                raise ValueError(f"the {what} are not those of {self.name}: {', '.join(lines[:10])}{more}")
 
     def apply(
         self,
@@ -140,8 +196,8 @@ class Model:
             )
         if statistics not in (None, "batch", "running", "global"):
             raise ValueError(f"statistics is 'batch', 'running', 'global' or None, found {statistics!r}")
-        if around is not None and remat:
-            raise ValueError("around sees each layer once; with remat they run again: use one of both")
+        if remat and (around is not None or tap is not None):
+            raise ValueError("around and tap see each layer once; with remat they run again: use one of both")
         batch_statistics = train if statistics is None else statistics != "running"
         synchronized = statistics == "global"
         mode = Mode(train, batch_statistics, key, tap, None, self.norm, synchronized, around, remat)
@@ -177,10 +233,15 @@ def replace_head(model: Model, params: Tree, state: Tree, num_classes: int, key:
     >>> params["head"]["conv"]["weight"].shape
     torch.Size([2, 512, 1, 1])
     """
+    if model.layer is not model.built:
+        raise ValueError(f"{model.name!r} has a layer of its own: build it anew for {num_classes} classes")
+    model.check(params, state)
     new = create(model.name, **{**model.settings, "num_classes": num_classes})
     fresh = new.init(key)
+    like: Tensor = next(iter(tree.flatten(params).values()))
 
     def graft(old: Tree, drawn: Tree) -> Tree:
+        drawn = tree.map(lambda leaf: leaf.to(like) if leaf.is_floating_point() else leaf.to(like.device), drawn)
         return {part: drawn[part] if part.startswith(("head", "aux")) else old[part] for part in drawn}
 
     return new, graft(params, fresh[0]), graft(state, fresh[1])
@@ -230,9 +291,10 @@ def create(
     in_channels = variant.in_channels if in_channels is None else in_channels
     image_size = variant.image_size if image_size is None else image_size
     chosen = {**bound.arguments, "in_channels": in_channels, "image_size": image_size, "norm": norm}
+    layer = variant.build(**bound.arguments)
     return Model(
         name,
-        variant.build(**bound.arguments),
+        layer,
         MappingProxyType(chosen),
         variant.paper,
         in_channels,
@@ -240,6 +302,7 @@ def create(
         norm,
         variant.loss,
         variant.pixels,
+        layer,
     )
 
 

@@ -75,7 +75,7 @@ def current(learning_rate: LearningRate, step: Tensor, device: torch.device | No
 
 def no_steps(params: Tree) -> Tree:
     """The beginning of every state: no update is made."""
-    device = next(iter(tree.flatten(params).values())).device if params else None
+    device = tree.device(params) if params else None
     return {"step": torch.zeros((), dtype=torch.int64, device=device)}
 
 

@@ -224,6 +224,8 @@ def clipped_gradient_sum(
     >>> found.norms.shape, found.gradient["head"]["linear"]["weight"].shape
     (torch.Size([4]), torch.Size([10, 84]))
     """
+    if not isinstance(clip, Tensor) and not clip > 0:
+        raise ValueError(f"clip must be positive, found {clip}")
     traced = _trace(model, params, state, batch, train, key, statistics, loss, trainable)
     norms = traced.norms()
     return Clipped(traced.weighted_sum((clip / norms).clamp(max=1)), norms, traced.losses, traced.outputs)
@@ -358,7 +360,7 @@ def _trace(
 
         return torch.func.vmap(single)(outputs, labels)
 
-    if is_transformed(images, *trained.values(), *frozen.values()):
+    if is_transformed(images, *trained.values(), *frozen.values()) or torch.is_inference_mode_enabled():
         uses, losses, outputs = _transformed(forward, losses_of, params, state, images, key)
     else:
         with torch.enable_grad():
@@ -368,13 +370,13 @@ def _trace(
             losses = losses_of(outputs)
             uses = [use for use in uses if use.y.requires_grad]
             flowing = [*(use.y for use in uses), *outer.values()]
-            found = torch.autograd.grad(losses.sum(), flowing, allow_unused=True) if losses.requires_grad else ()
-        for path, grad in zip(outer, found[len(uses) :], strict=False):
+            found = torch.autograd.grad(losses.sum(), flowing, allow_unused=True)
+        for path, grad in zip(outer, found[len(uses) :], strict=True):
             if grad is not None:
                 raise ValueError(f"{path!r} is used outside of the layers made by purecnn.layers.parametric")
         uses = [
             use._replace(x=use.x.detach(), y=torch.zeros_like(use.y) if grad is None else grad)
-            for use, grad in zip(uses, found, strict=False)
+            for use, grad in zip(uses, found[: len(uses)], strict=True)
         ]
         losses, outputs = losses.detach(), pytree.tree_map(torch.detach, outputs)
 

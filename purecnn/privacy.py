@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from purecnn import random, tree
-from purecnn.layer import Mode, Outputs
+from purecnn.layer import Mode, logits_of
 from purecnn.model import Model
 from purecnn.optimizers import Optimizer
 from purecnn.paper import Loss
@@ -92,7 +92,7 @@ def make_private_step(
     if statistics != "running" and model.spec()[1]:
         raise ValueError(
             f"{model.name} has batch normalisation, which mixes the images of a batch and keeps their statistics: "
-            f'build it with purecnn.create({model.name!r}, norm="group"), or freeze them with statistics="running"'
+            f'build it with norm="group", or freeze them with statistics="running"'
         )
 
     def step(train_state: TrainState, batch: Batch, key: Tensor | None = None) -> tuple[TrainState, Metrics]:
@@ -119,7 +119,7 @@ def make_private_step(
                 trainable=trainable,
             )
             total = {path: total[path] + part for path, part in tree.flatten(found.gradient).items()}
-            logits = found.outputs.logits if isinstance(found.outputs, Outputs) else found.outputs
+            logits = logits_of(found.outputs)
             truth = labels if labels.ndim == 1 else labels.argmax(1)
             loss_sum, correct = loss_sum + found.losses.sum(), correct + (logits.argmax(1) == truth).sum()
         if noise:

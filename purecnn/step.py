@@ -17,7 +17,7 @@ from torch import Tensor
 from purecnn import distributed, random, tree
 from purecnn.augment import Augment
 from purecnn.eager import is_transformed
-from purecnn.layer import Outputs
+from purecnn.layer import Outputs, logits_of
 from purecnn.model import Model
 from purecnn.optimizers import Optimizer
 from purecnn.paper import Loss
@@ -72,7 +72,7 @@ class TrainState(NamedTuple):
         if policy is not None:
             params = policy.keep(params)
         trained, _ = partition(params, trainable)
-        step = torch.zeros((), dtype=torch.int64, device=_device(params))
+        step = torch.zeros((), dtype=torch.int64, device=tree.device(params))
         extra: Tree = {}
         if average:
             extra["average"] = tree.map(torch.clone, {"params": params, "state": state})
@@ -166,7 +166,7 @@ def make_step(
             that of the whole; batch normalisation sees the parts.
         average: keep a moving average of parameters and statistics, ``a += (1 - d) * (p - a)`` where d rises to this
             number, ``min(average, (1 + step) / (10 + step))``, as TensorFlow's ``ExponentialMovingAverage`` does.
-        remat: see `Model.apply`.
+        remat: see `Model.apply`. A compiler decides by itself what it keeps, so by default nothing is compiled then.
         augment: from images as they are stored to what the network sees; part of the step (`purecnn.augment`).
         compile: compile the gradient with ``torch.compile``; by default if the parameters are on a GPU.
         donate: overwrite the buffers of the train state's parameters and optimizer state, instead of copying
@@ -175,7 +175,8 @@ def make_step(
 
     Returns:
         The step. Its key may be that of the whole training: the step's number is folded into it. A network
-        that draws no random numbers needs none.
+        that draws no random numbers needs none. Like all here it can be differentiated: parameters that require a
+        gradient give a train state that does, and that remembers all steps.
 
     Raises:
         ValueError: if settings do not go together.
@@ -190,6 +191,7 @@ def make_step(
     elif label_smoothing:
         raise ValueError(f"label_smoothing is for cross-entropy, and {model.name} is trained with another loss")
     network = model.apply if policy is None else functools.partial(policy.apply, model)
+    scaled = policy is not None and policy.scaled
 
     def gradient(
         trained: _Leaves,
@@ -212,12 +214,12 @@ def make_step(
         def objective(trained: _Leaves) -> _Objective:
             params = tree.unflatten({**frozen, **trained})
             outputs, after = network(params, state, images, train=True, key=key, statistics=statistics, remat=remat)
-            logits = outputs.logits if isinstance(outputs, Outputs) else outputs
+            logits = logits_of(outputs)
             value = minimised(outputs, labels)
             truth = labels if labels.ndim == 1 else labels.argmax(1)
             return value if scale is None else value * scale, (after, (logits.argmax(1) == truth).sum(), value)
 
-        if is_transformed(images, *trained.values(), *frozen.values()):
+        if is_transformed(images, *trained.values(), *frozen.values()) or torch.is_inference_mode_enabled():
             grads, (_, (after, correct, value)) = torch.func.grad_and_value(objective, has_aux=True)(trained)
             return grads, after, Metrics(value, correct)
         # torch.func keeps what a second derivative would need, which takes up to a tenth of a step's time. Where
@@ -240,10 +242,12 @@ def make_step(
         params, state, opt_state, count, extra = train_state
         trained, frozen = partition(params, trainable)
         # Compilation is for the outermost function: inside another's it is superfluous, inside vmap impossible.
-        wanted = count.is_cuda if compile is None else compile
+        wanted = count.is_cuda and not remat if compile is None else compile
         run = compiled() if wanted and not is_transformed() else gradient
         spare.clear()
-        scale = extra["loss_scale"]["scale"] if policy is not None and policy.scaled else None
+        if scaled and "loss_scale" not in extra:
+            raise ValueError("the loss has no scale yet: begin with TrainState.start(..., policy=policy)")
+        scale = extra["loss_scale"]["scale"] if scaled else None
         many = distributed.world_size() > 1
         part = distributed.share(len(batch[1]), count.device) if many else None
         if part is not None:
@@ -253,10 +257,13 @@ def make_step(
         else:
             grads, after, metrics = _accumulated(run, trained, frozen, state, batch, key, count, scale, accumulate)
         if part is not None:
-            grads, after, metrics = _joined(grads, after, metrics, part)
+            # Statistics of all are the same everywhere, and frozen ones stay.
+            differs = after if statistics == "batch" else {}
+            grads, differs, metrics = _joined(grads, differs, metrics, part)
+            after = differs or after
 
         before = params
-        if scale is None or "loss_scale" not in extra:
+        if not scaled:
             updated, opt_state = optimizer.update(grads, opt_state, trained, donate=donate)
         else:
             updated, opt_state, after, scaling = _unless_infinite(
@@ -368,8 +375,3 @@ def partition(params: Tree, trainable: Trainable | None) -> tuple[_Leaves, _Leav
     if not trained:
         raise ValueError(f"no parameter is chosen; paths are {', '.join(list(leaves)[-3:])} and the like")
     return trained, {path: leaf for path, leaf in leaves.items() if path not in trained}
-
-
-def _device(params: Tree) -> torch.device:
-    leaf: Tensor = next(iter(tree.flatten(params).values()))
-    return leaf.device

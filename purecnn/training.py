@@ -74,25 +74,28 @@ def evaluate(
     Raises:
         ValueError: if there is no batch.
     """
-    device = _device(params)
+    device = tree.device(params)
     network = model.apply if policy is None else lambda *args: policy.apply(model, *args)
     loss = model.loss or F.cross_entropy
-    losses, pairs = [], []
-    classes = 0
+    classes = model.num_classes
+    # In a process group there may be no picture for one of the processes.
+    losses, pairs = (
+        [torch.zeros((), dtype=torch.float64, device=device)],
+        [torch.zeros(0, dtype=torch.int64, device=device)],
+    )
     with torch.no_grad():
         for images, labels in batches:
             images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             logits, _ = network(params, state, images)
-            classes = logits.shape[1]
             losses.append(loss(logits, labels).double() * len(labels))
             pairs.append(labels * classes + logits.argmax(1))
-    if not losses:
-        raise ValueError("there is no batch to evaluate")
     sums = distributed.total(
         {"loss": torch.stack(losses).sum(), "confusion": torch.cat(pairs).bincount(minlength=classes**2)}
     )
     confusion = sums["confusion"].cpu().reshape(classes, classes)
     count = int(confusion.sum())
+    if not count:
+        raise ValueError("there is no batch to evaluate")
     return Evaluation(float(sums["loss"]) / count, int(confusion.diagonal().sum()) / count, confusion)
 
 
@@ -219,13 +222,14 @@ def fit(
 
     Raises:
         DivergedError: if a loss is infinite or not a number.
-        ValueError: if there are no batches, or ``epochs`` is less than 1.
+        ValueError: if ``start`` is another network's, there are no batches, or ``epochs`` is less than 1.
     """
     if epochs < 1:
         raise ValueError(f"epochs must be at least 1, found {epochs}")
     init_key, order_key, draw_key = random.split(key, 3)
     if position is None:
         params, state = model.init(init_key) if start is None else start
+        model.check(params, state)
         begin = TrainState.start(
             params, state, optimizer, trainable=trainable, policy=policy, average=average is not None
         )
@@ -233,7 +237,7 @@ def fit(
     step = make_step(model, optimizer, trainable=trainable, policy=policy, average=average, donate=True, **settings)
     step = captured(step) if capture else step
     kept, epoch, done, sums, seconds, history = position
-    device = _device(kept.params)
+    device = tree.device(kept.params)
     draw_key = draw_key.to(device)
     best: TrainState | None = None
     # The steps overwrite their input, so what is to be kept is a copy.
@@ -298,11 +302,6 @@ def _skipped(batches: Iterable[Batch], count: int) -> Iterable[Batch]:
 
 def _merit(row: Epoch) -> tuple[float, float]:
     return row.test_accuracy, -row.test_loss
-
-
-def _device(params: Tree) -> torch.device:
-    leaf: Tensor = next(iter(tree.flatten(params).values()))
-    return leaf.device
 
 
 def _copy(train_state: TrainState) -> TrainState:

@@ -6,6 +6,7 @@ A *path* is the names from the root to a leaf joined by dots, as in ``"stage1.0.
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 Tree: TypeAlias = dict[str, Any]
@@ -86,3 +87,9 @@ def size(tree: Mapping[str, Any]) -> int:
     15
     """
     return sum(leaf.numel() for leaf in flatten(tree).values() if isinstance(leaf, Tensor))
+
+
+def device(tree: Mapping[str, Any]) -> torch.device:
+    """Where the first leaf lies; a tree's leaves lie together."""
+    leaf: Tensor = next(iter(flatten(tree).values()))
+    return leaf.device

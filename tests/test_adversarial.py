@@ -214,3 +214,9 @@ def test_captum(targeted: bool) -> None:
         ours = pgd(*network, x, labels, epsilon=0.05, step_size=0.02, steps=4, bounds=(0.0, 1.0), targeted=targeted)
     # Where a gradient is zero but for rounding, its sign is open.
     assert ((ours - theirs).abs() > 1e-5).double().mean() < 1e-3
+
+
+def test_images_beyond_the_bounds_are_refused() -> None:
+    x, labels = 3 * random.normal(random.key(1), (2, 2, 8, 8)), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="exceed the bounds, which are in the images' own units"):
+        fgsm(*NETWORK, x, labels, epsilon=0.1, bounds=(0, 1))

@@ -89,7 +89,7 @@ def test_any_residual_network_takes_any_branch(network: str, wrap: str) -> None:
 def test_a_dropped_branch_leaves_the_shortcut() -> None:
     branch = resnet_v1.bottleneck((8, 8, 16))
     layer = add(identity, stochastic_depth(branch, 0.5))
-    model = Model.of(serial(stem=layer), num_classes=1, in_channels=16, image_size=4)
+    model = Model.of(serial(stem=layer), num_classes=16, in_channels=16, image_size=4)
     params, state = model.init(random.key(0))
     x = random.normal(random.key(1), (32, 16, 4, 4))
     kept: dict[str, torch.Tensor] = {}

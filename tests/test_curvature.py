@@ -353,3 +353,10 @@ def test_hessian_equals_torch_on_the_module() -> None:
     blocks = hessian(lambda p: F.cross_entropy(functional_call(module, p, (X,)), LABELS))(named)
     explicit = torch.cat([torch.cat([blocks[a][b].reshape(named[a].numel(), -1) for b in named], 1) for a in named])
     close(matrix(partial(hvp, peer_loss(network), params), params), explicit)
+
+
+def test_the_order_of_names_does_not_matter() -> None:
+    v = vector(3)
+    turned = tree.unflatten(dict(reversed(tree.flatten(v).items())))
+    tree.map(torch.testing.assert_close, hvp(LOSS, PARAMS, turned), hvp(LOSS, PARAMS, v))
+    tree.map(torch.testing.assert_close, GGN(PARAMS, turned), GGN(PARAMS, v))

@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 from typer.testing import CliRunner
 
 from converters import cli, files
-from purecnn import data, distributed, random, serial
+from purecnn import data, distributed, random, serial, tree
 from purecnn.layers import batch_norm, conv, relu
 from purecnn.optimizers import sgd
 from purecnn.step import TrainState, make_step
@@ -56,8 +56,24 @@ def work(rank: int, folder: str) -> None:
     assert distributed.agreed(rank == 1)
     assert not distributed.agreed(False)
     assert distributed.from_first(rank) == 0
+    one = batch(0, 1)
+    assert evaluate(QUIET, *QUIET.init(random.key(0)), [one] if rank == 0 else []).confusion.sum() == 1
+    params, state = QUIET.init(random.key(0))
+    images, _ = batch(rank, 3)
+
+    def loss(params: Any) -> torch.Tensor:
+        return QUIET.apply(params, state, images, train=True, statistics="global")[0].square().sum()
+
+    slopes = torch.func.grad(loss)(params)
+    leaves_ = {path: leaf.clone().requires_grad_() for path, leaf in tree.flatten(params).items()}
+    expected = torch.autograd.grad(loss(tree.unflatten(leaves_)), list(leaves_.values()))
+    for x, y in zip(tree.flatten(slopes).values(), expected, strict=True):
+        torch.testing.assert_close(x, y)
     for name in CASES:
-        found = leaves(trained(name, (rank, 2)))
+        now = trained(name, (rank, 2))
+        if name == "frozen":
+            tree.map(torch.testing.assert_close, now.state, CASES[name][0].init(random.key(0))[1])
+        found = leaves(now)
         torch.save(found, f"{folder}/{name}-{rank}.pt")
     dist.destroy_process_group()
 

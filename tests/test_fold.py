@@ -201,3 +201,14 @@ def test_pack_refuses_another_device() -> None:
     params, state = model.spec()
     with pytest.raises(ValueError, match="on the CPU"):
         pack(model, params, state, torch.zeros(1, 1, 32, 32))
+
+
+def test_packed_weights_have_no_derivatives() -> None:
+    model = purecnn.create("lenet5")
+    x = torch.zeros(1, 1, 32, 32)
+    params, state = model.init(random.key(0))
+    packed, own = pack(model, params, state, x)
+    with pytest.raises(ValueError, match="a packed network has no derivatives"):
+        torch.func.grad(lambda x: packed.apply(own, state, x)[0].sum())(x)
+    with pytest.raises(ValueError, match="a packed network has no derivatives"):
+        packed.apply(own, state, x.requires_grad_())

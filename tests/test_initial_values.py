@@ -86,3 +86,16 @@ def test_a_law_of_ones_own() -> None:
             assert not a.count_nonzero()
         else:
             assert torch.equal(a, b)
+
+
+def test_a_law_is_asked_for_each_parameter_and_for_nothing_else() -> None:
+    model = purecnn.create("resnet18")
+    asked: dict[str, tuple[int, ...]] = {}
+
+    def law(path: str, shape: tuple[int, ...]) -> float:
+        asked[path] = shape
+        return 0.5
+
+    _, state = model.init(random.key(0), law=law)
+    assert asked == {path: tuple(leaf.shape) for path, leaf in tree.flatten(model.spec()[0]).items()}
+    tree.map(torch.testing.assert_close, state, model.init(random.key(0))[1])

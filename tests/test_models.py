@@ -1,6 +1,10 @@
 """The registry, the settings, and the one anatomy of all networks."""
 
+import copy
 import json
+import pickle
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -8,7 +12,7 @@ import torch
 from torch import Tensor
 
 import purecnn
-from purecnn import UnknownModelError, layers, model, random, tree
+from purecnn import UnknownModelError, layers, model, random, serial, tree
 from purecnn.zoo import VARIANTS
 from tests.table import CASES, TABLE, Case, differences, family, heads, quiet, unsettled
 
@@ -336,3 +340,63 @@ def test_rate_of_dropout(rate: float) -> None:
 def test_basic_blocks_have_no_groups() -> None:
     with pytest.raises(ValueError, match="groups=1"):
         purecnn.create("resnet18", groups=2)
+
+
+@each_model
+def test_models_go_through_pickle(name: str) -> None:
+    first = purecnn.create(name, num_classes=7)
+    again = pickle.loads(pickle.dumps(first))
+    assert (again.settings, again.norm) == (first.settings, first.norm)
+    assert tree.map(lambda leaf: leaf.shape, again.spec()[0]) == tree.map(lambda leaf: leaf.shape, first.spec()[0])
+
+
+def test_models_can_be_copied_and_looked_up() -> None:
+    first = purecnn.create("lenet5")
+    assert copy.deepcopy(first) is copy.copy(first) is first
+    assert {first: 1}[first] == 1
+
+
+def test_a_model_of_ones_own_is_not_in_the_table() -> None:
+    layer = serial(stem=layers.conv(4, 3), head=serial(layers.global_avg_pool, linear=layers.linear(5)))
+    mine = purecnn.Model.of(layer, num_classes=5, image_size=8)
+    assert copy.deepcopy(mine) is mine
+    with pytest.raises(TypeError, match="'custom' has a layer of its own"):
+        pickle.dumps(mine)
+    params, state = mine.init(random.key(0))
+    with pytest.raises(ValueError, match="'custom' has a layer of its own: build it anew for 3 classes"):
+        model.replace_head(mine, params, state, 3, random.key(1))
+    with pytest.raises(ValueError, match="gives 5 logits, but num_classes is 7"):
+        purecnn.Model.of(layer, num_classes=7, image_size=8)
+    grouped = purecnn.Model.of(serial(layers.batch_norm(), head=layer), num_classes=5, image_size=8, norm="group")
+    assert grouped.spec()[1] == {}
+
+
+def test_trees_of_another_network_are_refused() -> None:
+    first = purecnn.create("resnet18")
+    params, state = purecnn.create("resnet34").spec()
+    with pytest.raises(ValueError, match=r"parameters .* resnet18: .*expected nothing, found \(64, 64, 3, 3\).* more$"):
+        first.check(params, state)
+    with pytest.raises(ValueError, match="statistics are not those of resnet18"):
+        first.check(first.spec()[0], {})
+    with pytest.raises(ValueError, match="parameters are not those of resnet18"):
+        model.replace_head(first, {**first.spec()[0], "boost": {}, "stem": {}}, state, 3, random.key(1))
+
+
+def test_a_new_head_has_the_type_of_the_body() -> None:
+    first = purecnn.create("squeezenet1_1")
+    params, state = (tree.map(torch.Tensor.double, each) for each in first.init(random.key(0)))
+    second, params, state = model.replace_head(first, params, state, 2, random.key(1))
+    assert second.apply(params, state, torch.zeros(1, 3, 64, 64).double())[0].dtype == torch.float64
+
+
+def test_tap_and_recomputation_do_not_go_together() -> None:
+    first = purecnn.create("lenet5")
+    params, state = first.init(random.key(0))
+    with pytest.raises(ValueError, match="around and tap see each layer once"):
+        first.apply(params, state, torch.zeros(1, 1, 32, 32), remat=True, tap=lambda path, x, y: y)
+
+
+def test_the_compiler_is_not_imported() -> None:
+    """That takes seconds, and most users of a function never compile it."""
+    code = "import sys, purecnn; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

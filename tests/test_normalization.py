@@ -86,7 +86,8 @@ def test_every_derivative_is_the_formulas(derivative: str) -> None:
 
 @pytest.mark.parametrize("train", [True, False], ids=["batch", "running"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_members_are_normalised_as_if_alone(train: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("images", [MAPPED[0], MAPPED[0][..., 0, 0]], ids=["images", "vectors"])
+def test_members_are_normalised_as_if_alone(train: bool, dtype: torch.dtype, images: Tensor) -> None:
     layer, mode = batch_norm(), Mode(train=train, batch_statistics=train)
     params = {"weight": MAPPED[1], "bias": MAPPED[2]}
     state = {"mean": MAPPED[2], "var": MAPPED[1].square() + 0.1, "count": torch.zeros(MEMBERS, dtype=torch.int64)}
@@ -94,7 +95,7 @@ def test_members_are_normalised_as_if_alone(train: bool, dtype: torch.dtype) -> 
         params, state = (
             tree.map(lambda leaf: leaf.float() if leaf.is_floating_point() else leaf, each) for each in (params, state)
         )
-    given = params, state, MAPPED[0].to(dtype)
+    given = params, state, images.to(dtype)
     found = vmap(lambda params, state, x: layer.apply(params, state, x, mode))(*given)
     for member, mine in zip(unstack(found), unstack(given), strict=True):
         expected = layer.apply(*mine, mode)

@@ -495,3 +495,23 @@ def test_backpack() -> None:
         table.assert_close(leaf.square().sum(0), p.sum_grad_squared, rtol=1e-4, atol=0)
     norms = per_sample_norms(model, params, state, (images, labels))
     torch.testing.assert_close(norms, sum(p.batch_l2 for p in theirs).sqrt(), rtol=1e-4, atol=0)
+
+
+def test_inference_mode_changes_no_norm() -> None:
+    model = purecnn.create("lenet5")
+    params, state = model.init(random.key(0))
+    expected = per_sample_norms(model, params, state, batch(model, side=32))
+    with torch.inference_mode():
+        norms = per_sample_norms(model, params, state, batch(model, side=32))
+        total = clipped_gradient_sum(model, params, state, batch(model, side=32), clip=0.1)
+    torch.testing.assert_close(norms, expected)
+    torch.testing.assert_close(total.norms, expected)
+    assert all(leaf.count_nonzero() for leaf in tree.flatten(total.gradient).values())
+
+
+@pytest.mark.parametrize("clip", [0.0, -1.0, math.nan])
+def test_a_norm_to_clip_to_is_positive(clip: float) -> None:
+    model = purecnn.create("lenet5")
+    params, state = model.init(random.key(0))
+    with pytest.raises(ValueError, match="clip must be positive, found"):
+        clipped_gradient_sum(model, params, state, batch(model, side=32), clip=clip)

@@ -131,7 +131,7 @@ def test_what_is_not_trained_stays() -> None:
 def test_batch_normalisation_is_refused() -> None:
     case = table.CASES["resnet_cifar"]
     settings: dict[str, Any] = {"clip": 1.0, "noise": 0.0, "expected_batch": 2}
-    with pytest.raises(ValueError, match=r'create\(\'resnet20_cifar\', norm="group"\).*statistics="running"'):
+    with pytest.raises(ValueError, match=r'build it with norm="group".*statistics="running"'):
         make_private_step(case.model(), sgd(0.1), **settings)
     data = case.images(2), torch.tensor([0, 1])
     for model, more in ((case.model(norm="group"), {}), (case.model(), {"statistics": "running"})):

@@ -268,3 +268,30 @@ def test_cutout_hides_one_square() -> None:
     compiled = torch.compile(augment.cutout(3), fullgraph=True, backend="aot_eager")
     torch.compiler.reset()
     assert torch.equal(compiled(torch.ones(50, 2, 8, 8), random.key(0)), cut)
+
+
+def test_a_compiled_step_may_recompute() -> None:
+    optimizer = sgd(0.1)
+    compiled = torch.compile(make_step(TINY, optimizer, remat=True), fullgraph=True, backend="aot_eager")
+    a, _ = make_step(TINY, optimizer)(start(TINY, optimizer), batch(0), random.key(1))
+    b, _ = compiled(start(TINY, optimizer), batch(0), random.key(1))
+    close(a, b)
+
+
+def test_a_train_state_is_begun_with_the_steps_policy() -> None:
+    optimizer = sgd(0.1)
+    with pytest.raises(ValueError, match="the loss has no scale yet"):
+        make_step(TINY, optimizer, policy=POLICIES["float16"])(start(TINY, optimizer), batch(0), random.key(1))
+    scaled = start(TINY, optimizer, policy=POLICIES["float16"])
+    after, _ = make_step(TINY, optimizer)(scaled, batch(0), random.key(1))
+    plain, _ = make_step(TINY, optimizer)(start(TINY, optimizer), batch(0), random.key(1))
+    assert equal(after._replace(extra={}), plain)
+
+
+def test_inference_mode_changes_no_gradient() -> None:
+    optimizer = sgd(0.1)
+    step = make_step(TINY, optimizer)
+    expected, _ = step(start(TINY, optimizer), batch(0), random.key(1))
+    with torch.inference_mode():
+        found, _ = step(start(TINY, optimizer), batch(0), random.key(1))
+    close(found, expected)

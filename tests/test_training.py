@@ -35,7 +35,7 @@ CLASSES = 3
 
 
 def model_of(layer: purecnn.Layer) -> Model:
-    return Model("tiny", layer, {}, Paper("", "", 2000, ""), 1, 8)
+    return Model("tiny", layer, {"num_classes": CLASSES}, Paper("", "", 2000, ""), 1, 8)
 
 
 def head() -> purecnn.Layer:

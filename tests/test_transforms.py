@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, grad_and_value, jacrev, jvp, vjp, vmap
 
+import purecnn
 from purecnn import Model, Outputs, random, tree
 from purecnn.tree import Tree
 from tests.table import CASES, Mutations, assert_close, differences, heads, loss_of, pick, stack, to, unsettled
@@ -152,6 +153,14 @@ def test_mapped_init_makes_an_ensemble(setting: Setting) -> None:
         one_params, one_state = setting.model.init(key)
         assert differences(pick(params, i), one_params) == []
         assert differences(pick(state, i), one_state) == []
+
+
+def test_init_compiles_into_one_graph() -> None:
+    model = purecnn.create("resnet18", num_classes=3)
+    torch.compiler.reset()
+    compiled = torch.compile(model.init, fullgraph=True, backend="aot_eager")(random.key(0))
+    assert differences(compiled[0], model.init(random.key(0))[0]) == []
+    assert differences(compiled[1], model.init(random.key(0))[1]) == []
 
 
 def test_mapped_apply_runs_an_ensemble(setting: Setting) -> None:
