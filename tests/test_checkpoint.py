@@ -103,6 +103,21 @@ def test_trees_of_another_model_are_not_saved(tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
+def test_names_are_as_many_as_the_classes(tmp_path: Path) -> None:
+    model = purecnn.create("lenet5", num_classes=3)
+    with pytest.raises(ConversionError, match="lenet5 has 3 classes, and there are 2 names"):
+        checkpoint.save(tmp_path / "x.safetensors", model, *model.init(random.key(0)), classes=["a", "b"])
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_checkpoint_is_no_state_dict_of_torch(tmp_path: Path) -> None:
+    """A .pth file would lose the metadata, and could not be loaded again."""
+    model = purecnn.create("lenet5")
+    with pytest.raises(files.FileError, match=r"x\.pth should end in \.safetensors"):
+        checkpoint.save(tmp_path / "x.pth", model, *model.init(random.key(0)))
+    assert not any(tmp_path.iterdir())
+
+
 def test_bad_files_are_named(tmp_path: Path) -> None:
     model = purecnn.create("lenet5")
     good = tmp_path / "good.safetensors"

@@ -200,9 +200,11 @@ def test_failures(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch:
         (["train", "resnet18", "--data", "digits", "--image-size", "8", "--lr", "1e30", "--epochs", "1"], "loss is"),
         (["train", "squeezenet1_1", "--data", "digits", "--image-size", "8"], "in layer"),
         (["predict", "text.png", "--from", "good.safetensors"], "how its images are prepared"),
+        (["convert", "good.safetensors", "out.pth"], "out.pth should end in .safetensors"),
     ]:
         code, error = fails(capsys, monkeypatch, *words)
         assert (code, message in error) == (1, True), f"{words}: {error}"
+    assert not Path("out.pth").exists()
 
 
 def test_what_is_no_picture_can_be_skipped(folder: Path) -> None:
