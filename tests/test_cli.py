@@ -84,6 +84,15 @@ def test_train_evaluate_predict(folder: Path) -> None:
     assert len(answer[0]["answers"]) == 5
     assert Path(answer[0]["picture"]).read_bytes().startswith(b"\x89PNG")
 
+    # Pictures of one name in different folders do not overwrite each other's answers.
+    for place in ("a/x.png", "b/x.png", "c/x-2.png"):
+        Path(place).parent.mkdir()
+        Path(place).write_bytes(Path("run/example.png").read_bytes())
+    words = ("predict", "a/x.png", "b/x.png", "c/x-2.png", "--from", "run/checkpoint.safetensors", "--json")
+    found = [Path(answer["picture"]).name for answer in json.loads(call(*words).stdout)]
+    assert found == ["x-prediction.png", "x-2-prediction.png", "x-2-2-prediction.png"]
+    assert {path.name for path in Path("predictions").iterdir()} == {*found, "example-prediction.png"}
+
     again = json.loads((folder / "run" / "config.json").read_text())["command"].split()
     assert call(*again[1:], "--out", "again").exit_code == 0
     first, second = (files.read(folder / run / "checkpoint.safetensors") for run in ("run", "again"))
