@@ -206,7 +206,8 @@ class _Run:
         elif self.writes:
             folder.mkdir(parents=True, exist_ok=True)
             _write_config(folder, options, self.model, dataset, self.prepare)
-            dataset.test[0][0].save(folder / "example.png")
+            with replacing(folder / "example.png") as file:
+                dataset.test[0][0].save(file, format="PNG")
 
     def _begin(self, phase: Phase) -> training.Position:
         train_state = training.TrainState.start(
@@ -310,8 +311,8 @@ class _Run:
 
     def conclude(self) -> None:
         """Look at the best network: the pictures and the page."""
-        best = checkpoint.load(self.folder / "checkpoint.safetensors")[1:] if self.writes else None
-        params, state = distributed.from_first(best) or self.weights
+        best = checkpoint.load(self.folder / "checkpoint.safetensors")[1:] if self.writes else self.weights
+        params, state = distributed.from_first(best)
         params, state = to(self.device, params), to(self.device, state)
         found = training.evaluate(self.model, params, state, self.test, policy=self.options.policy)
         if self.writes:
