@@ -1,6 +1,7 @@
 """Checkpoints and files of tensors: what is saved comes back, and bad files are refused by name."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,22 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
         checkpoint.save(path, model, *model.init(random.key(1)))
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="rights are POSIX's")
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_rights_are_those_of_the_umask(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a change of it, which other threads would see."""
+    before = os.umask(0o027)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "umask", None)
+        try:
+            files.write(tmp_path / f"x{suffix}", {"x": torch.zeros(1)})
+        finally:
+            patched.undo()
+            os.umask(before)
+    assert (tmp_path / f"x{suffix}").stat().st_mode & 0o777 == 0o640
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_trees_of_another_model_are_not_saved(tmp_path: Path) -> None:
