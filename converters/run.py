@@ -194,6 +194,7 @@ class _Run:
         )
         self.steps = -(-len(dataset.train) // options.batch_size)
         self.phases = phases(options, params, self.steps)
+        self.mix = mixing(options, len(dataset.classes))
         self.writes = distributed.rank() == 0
         self.events = _events(folder / "events") if events and self.writes else None
         self.written = time.monotonic()
@@ -226,7 +227,6 @@ class _Run:
         before = sum(each.epochs for each in self.phases[:index])
         total = sum(each.epochs for each in self.phases) * self.steps
         vary = self.prepare.training(self.dataset.augmentation)
-        mix = mixing(options, len(self.dataset.classes))
 
         def batches(key: torch.Tensor) -> data.Batches:
             return data.batches(
@@ -235,7 +235,7 @@ class _Run:
                 options.batch_size,
                 key=key,
                 workers=options.workers,
-                mix=mix,
+                mix=self.mix,
                 part=self.part,
             )
 

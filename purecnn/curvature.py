@@ -280,9 +280,17 @@ def hutchinson_trace(product: Product, params: Tree, key: Tensor, samples: int) 
         key: of the signs.
         samples: how many products to take.
 
+    Returns:
+        The mean, and its standard error: nan of a single product.
+
+    Raises:
+        ValueError: if there are fewer than one.
+
     >>> hutchinson_trace(lambda v: {"w": 3 * v["w"]}, {"w": torch.zeros(5)}, random.key(0), 2)
     Estimate(mean=tensor(15.), standard_error=tensor(0.))
     """
+    if samples < 1:
+        raise ValueError(f"a trace takes at least one product, found {samples}")
 
     def draw(key: Tensor) -> Tensor:
         v = rademacher(key, params)

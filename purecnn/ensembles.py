@@ -69,7 +69,8 @@ def stack(members: Sequence[Members]) -> Members:
     if isinstance(first, Tensor):
         joined: Any = torch.stack(list(parts))
     elif isinstance(first, Mapping):
-        if different := next((part for part in parts if part.keys() != first.keys()), None):
+        different = next((part for part in parts if part.keys() != first.keys()), None)
+        if different is not None:
             raise ValueError(f"the members' trees differ: {sorted(first)} and {sorted(different)}")
         joined = {name: stack([part[name] for part in parts]) for name in first}
     else:
