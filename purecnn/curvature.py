@@ -324,6 +324,9 @@ def lanczos(product: Product, params: Tree, key: Tensor, steps: int) -> Spectrum
         key: of the first vector, which is normal.
         steps: how many; no more than the matrix has rows are made.
 
+    Raises:
+        ValueError: if ``steps`` is less than 1.
+
     >>> diagonal = {"w": torch.tensor([1.0, 2.0, 5.0])}
     >>> lanczos(lambda v: {"w": diagonal["w"] * v["w"]}, diagonal, random.key(0), 3).values
     tensor([1.0000, 2.0000, 5.0000])

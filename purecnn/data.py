@@ -191,6 +191,13 @@ class Preprocessing:
         channels, or to grey by the weights with which Pillow mixes RGB (exact for the mean; for the deviation
         as if the channels varied together, which they nearly do).
 
+        Args:
+            size: height and width, in pixels; None keeps them.
+            channels: 1 (grey) or 3 (RGB); None keeps them.
+
+        Raises:
+            DataError: for another number of channels, or a size below 1.
+
         Example::
 
             data.load("digits").preprocessing.adapt(size=224, channels=3)  # for a ResNet

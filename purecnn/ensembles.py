@@ -310,6 +310,11 @@ def mc_dropout(model: Model, params: Tree, state: Tree, x: Tensor, keys: Tensor)
 
     Gal and Ghahramani, Dropout as a Bayesian Approximation (arXiv:1506.02142). Batch normalisation uses its running
     statistics. Layers before the first draw run once for all keys.
+
+    Args:
+        model, params, state: the network, one with dropout.
+        x: images, (batch, channels, height, width).
+        keys: of the masks, (keys, 2): ``random.split(key, count)``.
     """
 
     def one(key: Tensor) -> Tensor:
