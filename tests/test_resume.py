@@ -15,9 +15,12 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
+import purecnn
 from converters import cli, files, states, train_command
 from converters.files import FileError
 from purecnn import random
+from purecnn.optimizers import adamw
+from purecnn.training import Position, TrainState
 
 TRAIN = ("train", "lenet5", "--data", "digits", "--epochs", "2", "--batch-size", "128")
 """24 steps."""
@@ -156,6 +159,27 @@ def test_other_options_are_refused(whole: Path) -> None:
     assert result.exit_code != 0
     assert "batch_size was 128 and is 64, seed was 0 and is 3" in str(result.exception)
     assert call(*TRAIN, "--out", str(whole), "--resume", "--workers", "0", "--device", "cpu").exit_code == 0
+
+
+def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path) -> None:
+    for name in (".00000003.0123456789abcdef.safetensors", ".tmpPmyP8I"):
+        (tmp_path / name).write_bytes(b"half of")
+    start = TrainState.start(*purecnn.create("lenet5").init(random.key(0)), adamw(1e-3))
+    states.save(tmp_path, 4, states.Standing(0, Position.start(start), ()), keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["00000004.safetensors"]
+
+
+@pytest.mark.parametrize("classes", [1, 5])
+def test_another_networks_tensors_are_refused(classes: int) -> None:
+    """Of whatever shape: one class must not spread over ten."""
+    start, other = (
+        TrainState.start(*purecnn.create("lenet5", num_classes=n).init(random.key(0)), adamw(1e-3))
+        for n in (10, classes)
+    )
+    standing = states.Standing(0, Position.start(other), ())
+    words = rf"params .*head\.linear\.weight \(expected \(10, 84\), found \({classes}, 84\)\)"
+    with pytest.raises(FileError, match=words):
+        states.like(standing, start, torch.device("cpu"))
 
 
 def test_misuse(tmp_path: Path) -> None:
