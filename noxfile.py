@@ -15,7 +15,13 @@ def _works(version: str) -> bool:
 
 
 PYTHONS = [version for version in ("3.11", "3.12", "3.13", "3.14") if _works(version)]
-GROUPS = nox.project.dependency_groups(nox.project.load_toml("pyproject.toml"), "test")
+
+
+def _group(name: str) -> tuple[str, ...]:
+    return nox.project.dependency_groups(nox.project.load_toml("pyproject.toml"), name)
+
+
+GROUPS = _group("test")
 
 
 @nox.session(python=PYTHONS or None)
@@ -49,7 +55,7 @@ def peers(session: nox.Session) -> None:
 @nox.session
 def lint(session: nox.Session) -> None:
     """Style and common mistakes."""
-    session.install("ruff==0.17.*")
+    session.install(*_group("lint"))
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
 
@@ -57,7 +63,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Types of both packages, strictly."""
-    session.install(".", "mypy==2.4.*")
+    session.install(".", *_group("types"))
     session.run("mypy")
 
 

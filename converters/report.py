@@ -7,7 +7,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from PIL import Image
@@ -109,6 +109,14 @@ _CONFIGURATION = ("options", "settings", "preprocessing", "augmentation")
 """The parts of ``config.json`` that say how the network was trained."""
 
 
+_Row = TypeVar("_Row", bound=Mapping[str, Any])
+
+
+def best_row(rows: Sequence[_Row]) -> _Row:
+    """The best epoch's, chosen as `training.Fitted` does."""
+    return max(rows, key=lambda row: (row["test_accuracy"], -row["test_loss"]))
+
+
 def mistakes(
     model: Model, params: Tree, state: Tree, dataset: DataSet, prepare: Preprocessing, count: int = 24
 ) -> list[Mistake]:
@@ -191,7 +199,7 @@ def _image(uri: str, alt: str, sharp: bool = False) -> str:
 def _facts(
     model: Model, params: Tree, dataset: DataSet, rows: Sequence[Mapping[str, Any]], evaluation: Evaluation
 ) -> str:
-    best = max(rows, key=lambda row: (row["test_accuracy"], -row["test_loss"]))
+    best = best_row(rows)
     facts = {
         "test accuracy": f"{evaluation.accuracy:.1%}",
         "test loss": f"{evaluation.loss:.3f}",

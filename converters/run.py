@@ -251,7 +251,7 @@ class _Run:
             self.rows.append({**row._asdict(), "epoch": before + row.epoch})
             if self.writes:
                 _write_metrics(self.folder / "metrics.csv", self.rows)
-                if self.rows[-1] is max(self.rows, key=_merit):
+                if self.rows[-1] is report.best_row(self.rows):
                     self.write_best(train_state)
                 if self.events is not None:
                     for name, value in row._asdict().items():
@@ -321,7 +321,7 @@ class _Run:
 
     def outcome(self, stopped: bool) -> Outcome:
         """How it ended."""
-        best = max(self.rows, key=_merit) if self.rows else None
+        best = report.best_row(self.rows) if self.rows else None
         return Outcome(best, len(self.rows), stopped, sum(row["seconds"] for row in self.rows))
 
 
@@ -354,11 +354,6 @@ def _start(options: Options, dataset: DataSet, source: Source | None, key: torch
     if source.classes == dataset.classes:
         return model, params, state
     return purecnn.replace_head(model, params, state, classes, key)
-
-
-def _merit(row: dict[str, Any]) -> tuple[float, float]:
-    """As `training.Fitted` chooses the best epoch."""
-    return row["test_accuracy"], -row["test_loss"]
 
 
 def _write_config(folder: Path, options: Options, model: Model, dataset: DataSet, prepare: Preprocessing) -> None:

@@ -681,7 +681,7 @@ class Batches:
         if key is not None:
             seeds = random.bits(random.split(key)[1], (len(self.examples),)).tolist()
             if self.mix is not None:
-                mixing = random.bits(random.fold_in(key, 0), (self.order.first + len(self),)).tolist()
+                mixing = random.bits(random.split(key, 3)[2], (self.order.first + len(self),)).tolist()
         loader: Iterable[tuple[Tensor, Tensor] | DataError] = DataLoader(
             _Prepared(self.examples, self.transform, seeds),
             batch_sampler=self.order.groups(),
@@ -758,8 +758,10 @@ class Resident:
         return replace(self, order=replace(self.order, key=key, part=part))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for group in self.order.groups():
-            chosen = torch.tensor(group, device=self.labels.device)
+        groups = self.order.groups()
+        # All at once: to bring each group to a GPU would be to wait for the step before.
+        order = torch.tensor([i for group in groups for i in group], dtype=torch.int64, device=self.labels.device)
+        for chosen in torch.split(order, [len(group) for group in groups]):
             yield self.images[chosen], self.labels[chosen]
 
 

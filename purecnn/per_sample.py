@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from purecnn import random, tree
 from purecnn.eager import is_transformed
-from purecnn.layer import Layer, Mode
+from purecnn.layer import Layer, Mode, logits_of
 from purecnn.layers import Convolution, Linear, Normalization
 from purecnn.model import Model
 from purecnn.paper import Loss
@@ -91,6 +91,8 @@ def per_sample_gradients(
     images, labels = batch
     trained, frozen = partition(params, trainable)
     criterion = loss or model.loss or loss_function
+    if not len(images):  # as a Poisson sample may be
+        return tree.unflatten({path: leaf.new_zeros((0, *leaf.shape)) for path, leaf in trained.items()})
     keys = None if key is None else random.split(key, len(images))
 
     def gradient(trained: _Leaves, frozen: _Leaves, state: Tree, image: Tensor, label: Tensor, key: Any) -> _Leaves:
@@ -226,6 +228,10 @@ def clipped_gradient_sum(
     """
     if not isinstance(clip, Tensor) and not clip > 0:
         raise ValueError(f"clip must be positive, found {clip}")
+    if not len(batch[0]):  # as a Poisson sample may be
+        nothing = tree.map(torch.zeros_like, tree.unflatten(partition(params, trainable)[0]))
+        outputs, _ = model.apply(params, state, batch[0], train=train, key=key, statistics=statistics)
+        return Clipped(nothing, logits_of(outputs).new_zeros(0), logits_of(outputs).new_zeros(0), outputs)
     traced = _trace(model, params, state, batch, train, key, statistics, loss, trainable)
     norms = traced.norms()
     return Clipped(traced.weighted_sum((clip / norms).clamp(max=1)), norms, traced.losses, traced.outputs)
@@ -254,6 +260,8 @@ def per_sample_norms(
     >>> per_sample_norms(model, params, state, (torch.zeros(2, 1, 32, 32), torch.tensor([3, 3]))).diff()
     tensor([0.])
     """
+    if not len(batch[0]):
+        return next(iter(partition(params, trainable)[0].values())).new_zeros(0)
     return _trace(model, params, state, batch, train, key, statistics, loss, trainable).norms()
 
 

@@ -515,3 +515,16 @@ def test_a_norm_to_clip_to_is_positive(clip: float) -> None:
     params, state = model.init(random.key(0))
     with pytest.raises(ValueError, match="clip must be positive, found"):
         clipped_gradient_sum(model, params, state, batch(model, side=32), clip=clip)
+
+
+def test_there_may_be_no_image() -> None:
+    model = purecnn.create("resnet18", num_classes=3)
+    params, state = model.init(random.key(0))
+    nothing = torch.zeros(0, 3, 64, 64), torch.zeros(0, dtype=torch.int64)
+    gradients = per_sample_gradients(model, params, state, nothing, **FROZEN)
+    assert gradients["head"]["linear"]["weight"].shape == (0, 3, 512)
+    assert per_sample_norms(model, params, state, nothing, **FROZEN).shape == (0,)
+    found = clipped_gradient_sum(model, params, state, nothing, clip=1.0, **FROZEN)
+    assert found.norms.shape == found.losses.shape == (0,)
+    assert found.outputs.shape == (0, 3)
+    assert not any(leaf.count_nonzero() for leaf in tree.flatten(found.gradient).values())
