@@ -1,6 +1,7 @@
 """Which transformations are active: for the few places where torch has a faster or an exacter way outside of them."""
 
 import operator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,3 +25,23 @@ def is_mapped() -> bool:
         return True
     stack = torch._C._functorch.get_interpreter_stack()
     return stack is not None and any(level.key() == TransformType.Vmap for level in stack)
+
+
+class Derivatives(NamedTuple):
+    """Differentiations by ``torch.func``, one within the other."""
+
+    reverse: int
+    forward: int
+
+    @property
+    def nested(self) -> bool:
+        """Whether there are several, for which some of torch's operators have wrong formulas."""
+        return self.reverse + self.forward > 1
+
+
+def derivatives() -> Derivatives:
+    """Which differentiations are active; none where the compiler cannot look."""
+    if torch.compiler.is_compiling():
+        return Derivatives(0, 0)
+    kinds = [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
+    return Derivatives(kinds.count(TransformType.Grad), kinds.count(TransformType.Jvp))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from purecnn import distributed, initializers
 from purecnn.convolution import conv2d
-from purecnn.eager import is_mapped, is_transformed
+from purecnn.eager import derivatives, is_mapped, is_transformed
 from purecnn.initializers import Initializer
 from purecnn.layer import DRAW, Apply, Layer, Mode, multiply, serial
 from purecnn.normalization import batch_normalize
@@ -259,7 +259,7 @@ def batch_norm(eps: float = 1e-5, momentum: float = 0.1) -> Layer:
         dtype = x.dtype
         if dtype != mean.dtype:  # shorter numbers than the statistics
             weight, bias = weight.to(mean.dtype), bias.to(mean.dtype)
-            if is_mapped():  # where torch cannot mix types
+            if is_mapped() or derivatives().nested:  # where torch cannot mix types
                 x = x.to(mean.dtype)
         if not mode.batch_statistics:
             if is_mapped() and not torch.compiler.is_compiling():
@@ -277,8 +277,9 @@ def batch_norm(eps: float = 1e-5, momentum: float = 0.1) -> Layer:
         if mode.synchronized:
             y, m, v, values = _normalized_over_processes(x.to(mean.dtype), eps)
             y = y * rearrange(weight, "c -> c 1 1") + rearrange(bias, "c -> c 1 1")
-        elif is_mapped():
-            # The operator below has no vmap rule. This one has, but gives the deviation in place of the variance.
+        elif is_mapped() or derivatives().nested:
+            # The operator below has no vmap rule, nor all derivatives. This one has, but gives the deviation in place
+            # of the variance.
             y, m, inverse = batch_normalize(x, weight, bias, eps)
             m, v = m.detach(), inverse.detach().square().reciprocal() - eps
         else:
@@ -356,14 +357,22 @@ def conv_norm(
 
 
 def layer_norm(eps: float = 1e-5) -> Layer:
-    """Layer normalisation along the last axis (Ba et al. 2016, arXiv:1607.06450), ``(b, ..., c) -> (b, ..., c)``."""
+    """Layer normalisation along the last axis (Ba et al. 2016, arXiv:1607.06450), ``(b, ..., c) -> (b, ..., c)``.
+
+    ``y = weight * (x - m) / sqrt(v + eps) + bias`` with the mean and variance of the c values.
+    """
 
     def leaves(x: Tensor) -> Leaves:
         shape = (x.shape[-1],)
         return {"weight": Leaf(shape, 1.0), "bias": Leaf(shape, 0.0)}, {}
 
     def apply(params: Tree, state: Tree, x: Tensor, mode: Mode) -> tuple[Tensor, Tree]:
-        return F.layer_norm(x, x.shape[-1:], params["weight"], params["bias"], eps), state
+        weight, bias = params["weight"], params["bias"]
+        if not derivatives().nested:
+            return F.layer_norm(x, x.shape[-1:], weight, bias, eps), state
+        # Torch's derivatives of the derivative take mean and variance for constants.
+        centred = x - x.mean(-1, keepdim=True)
+        return centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt() * weight + bias, state
 
     return parametric(leaves, apply, "weight", "bias", keeps_shape=True, kind=Normalization(-1))
 

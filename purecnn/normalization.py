@@ -1,7 +1,10 @@
-"""Batch normalisation where ``vmap`` maps over images: the members' channels are normalised side by side, in one pass.
+"""Batch normalisation under ``torch.func``: right in derivatives of all orders, and for many members in one pass.
 
-Torch's own rule normalises first and then multiplies and adds in passes of their own, and finds the normalised images
-again in the backward pass.
+Torch's own third derivatives are wrong, and so are its derivatives of forward derivatives and its Hessians: there the
+batch's mean and variance count as constants (https://github.com/pytorch/pytorch/issues/186256 and 196699). So where
+derivatives are nested, the formula is written out. Torch's ``vmap`` rule is right, but it normalises first, multiplies
+and adds in passes of their own, and finds the normalised images again in the backward pass. Where images are large, a
+CPU gains by members' channels side by side (``docs/ensembles.md``).
 """
 
 from typing import Any
@@ -9,12 +12,18 @@ from typing import Any
 import torch
 from einops import rearrange, reduce
 from torch import Tensor
+from torch._C import _functorch
+
+from purecnn.eager import derivatives
 
 __all__ = ["batch_normalize"]
 
+MANY = 1 << 19
+"""Numbers of all members' images from which on fewer passes are worth 1.4 ms of Python."""
+
 
 def batch_normalize(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalise by the batch's own statistics; for use under ``vmap``.
+    """Normalise by the batch's own statistics; for use under ``torch.func``.
 
     Args:
         x: images ``(b, c, h, w)``, or vectors ``(b, c)``.
@@ -24,18 +33,28 @@ def batch_normalize(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tupl
     Returns:
         The normalised images; and the mean and ``1 / sqrt(variance + eps)`` of each channel, constants for derivatives.
     """
-    if torch.compiler.is_compiling():  # which makes passes of its own, and knows no rules but torch's
-        return torch.ops.aten._native_batch_norm_legit.no_stats(x, weight, bias, True, 0.0, eps)
-    y, mean, inverse = _Normalize.apply(x if x.ndim == 4 else x[..., None, None], weight, bias, eps)
+    images = x if x.ndim == 4 else x[..., None, None]
+    # The compiler makes passes of its own, and knows no rules but torch's. There are none for two nested directions.
+    plain = torch.compiler.is_compiling() or derivatives().forward or not x.is_cpu or _size(x) < MANY
+    if derivatives().nested:
+        normal, deviation = _normal(images, eps)
+        y, mean, inverse = _broad(weight) * normal + _broad(bias), images.mean((0, 2, 3)), deviation.flatten()
+    elif plain:
+        y, mean, inverse = torch.ops.aten._native_batch_norm_legit.no_stats(images, weight, bias, True, 0.0, eps)
+    else:
+        y, mean, inverse = _Normalize.apply(images, weight, bias, eps)
     return y.reshape(x.shape), mean, inverse
+
+
+def _size(x: Tensor) -> int:
+    """How many numbers all members have together."""
+    while _functorch.is_functorch_wrapped_tensor(x):
+        x = _functorch.get_unwrapped(x)
+    return x.numel()
 
 
 def _broad(channels: Tensor) -> Tensor:
     return channels[:, None, None]
-
-
-def _total(x: Tensor) -> Tensor:
-    return reduce(x, "b c h w -> c", "sum")
 
 
 def _mean(x: Tensor) -> Tensor:
@@ -89,25 +108,10 @@ class _Normalize(torch.autograd.Function):
         _, mean, inverse = output
         ctx.mark_non_differentiable(mean, inverse)
         ctx.save_for_backward(x, weight, mean, inverse)
-        ctx.save_for_forward(x, weight)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> tuple[Any, ...]:
         return *_Gradients.apply(cotangents[0], *ctx.saved_tensors, ctx.eps), None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        x, weight = ctx.saved_tensors
-        direction, of_weight, of_bias, _ = tangents
-        normal, inverse = _normal(x, ctx.eps)
-        moved = torch.zeros_like(x)
-        if direction is not None:
-            moved = _broad(weight) * _moved(normal, inverse, direction)
-        if of_weight is not None:
-            moved = moved + _broad(of_weight) * normal
-        if of_bias is not None:
-            moved = moved + _broad(of_bias)
-        return moved, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
@@ -136,7 +140,6 @@ class _Gradients(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         g, x, weight, _, _, ctx.eps = inputs
         ctx.save_for_backward(g, x, weight)
-        ctx.save_for_forward(g, x, weight)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> tuple[Any, ...]:
@@ -151,22 +154,6 @@ class _Gradients(torch.autograd.Function):
         by_x = _moved(normal, inverse, by_normal) - inverse.square() * weight * by_inverse * normal
         by_weight = (inverse * by_inverse).flatten() * (x.numel() // x.shape[1])
         return by_g, by_x, by_weight, None, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        g, x, weight = ctx.saved_tensors
-        dg, dx, dweight = (
-            torch.zeros_like(like) if tangent is None else tangent
-            for tangent, like in zip(tangents, (g, x, weight), strict=False)
-        )
-        normal, inverse = _normal(x, ctx.eps)
-        weight, dweight = _broad(weight), _broad(dweight)
-        dnormal, dinverse = _moved(normal, inverse, dx), -inverse.square() * _mean(normal * dx)
-        products, dproducts = g * normal, dg * normal + g * dnormal
-        rest = g - _mean(g) - normal * _mean(products)
-        drest = dg - _mean(dg) - dnormal * _mean(products) - normal * _mean(dproducts)
-        of_x = (dweight * inverse + weight * dinverse) * rest + weight * inverse * drest
-        return of_x, _total(dproducts), _total(dg)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:

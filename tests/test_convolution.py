@@ -80,15 +80,22 @@ def hessian_reverse(f: Callable[..., Tensor]) -> Callable[..., Any]:
     return lambda *inputs: vjp(gradient(f), *inputs[:3])[1](inputs[3:])
 
 
+def twice_forward(f: Callable[..., Tensor]) -> Callable[..., Any]:
+    def along(*inputs: Tensor) -> Any:
+        return jvp(lambda *here: jvp(f, here, inputs[3:])[1], inputs[:3], inputs[3:])[1]
+
+    return along
+
+
 @WAYS
 @pytest.mark.parametrize("shared", [False, True], ids=["own images", "shared images"])
-@pytest.mark.parametrize("derivative", [lambda f: f, gradient, hessian_forward, hessian_reverse])
+@pytest.mark.parametrize("derivative", [lambda f: f, gradient, hessian_forward, hessian_reverse, twice_forward])
 def test_mapped_derivatives_equal_a_loop(
     derivative: Any, shared: bool, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go(way, monkeypatch)
     inputs, dims = arguments(way, shared), (None if shared else 0, 0, 0)
-    if derivative in (hessian_forward, hessian_reverse):
+    if derivative in (hessian_forward, hessian_reverse, twice_forward):
         inputs, dims = (*inputs, *(0.5 * t.flip(-1) for t in inputs)), (*dims, *dims)  # type: ignore[assignment]
     equals_loop(derivative(ours(way)), derivative(torchs(way)), dims, *inputs)
 

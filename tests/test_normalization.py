@@ -1,4 +1,4 @@
-"""Laws of batch normalisation under ``vmap``, beside the formula, in double precision."""
+"""Laws of normalisation under ``torch.func``, beside the formulas, in double precision."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from torch.func import grad, hessian, jvp, vmap
 
-from purecnn import random, tree
+from purecnn import normalization, random, tree
 from purecnn.ensembles import unstack
-from purecnn.layer import Mode
-from purecnn.layers import batch_norm
+from purecnn.layer import Layer, Mode
+from purecnn.layers import batch_norm, group_norm, layer_norm
 from purecnn.normalization import batch_normalize
+from purecnn.tree import Tree
 from tests.table import assert_close
 
 MEMBERS, EPS = 3, 1e-3
@@ -78,6 +79,11 @@ DERIVATIVES: dict[str, Callable[[Normal], Any]] = {
 }
 
 
+@pytest.fixture(autouse=True, params=[0, normalization.MANY], ids=["one pass", "torch's rule"])
+def always(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(normalization, "MANY", request.param)
+
+
 @pytest.mark.parametrize("derivative", DERIVATIVES)
 def test_every_derivative_is_the_formulas(derivative: str) -> None:
     of = DERIVATIVES[derivative]
@@ -101,3 +107,57 @@ def test_members_are_normalised_as_if_alone(train: bool, dtype: torch.dtype, ima
         expected = layer.apply(*mine, mode)
         assert member[0].dtype == dtype
         assert_close(member, expected, rtol=1e-12 if dtype == torch.float64 else 1e-2, atol=0)
+
+
+def by_layer(layer: Layer, state: Tree) -> Normal:
+    mode = Mode(train=True, batch_statistics=True)
+    return lambda x, weight, bias: layer.apply({"weight": weight, "bias": bias}, state, x, mode)[0]
+
+
+def along_channels(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + EPS).sqrt() * weight + bias
+
+
+def last(normal: Normal) -> Normal:
+    """Of images with the channels last, on images with the channels first."""
+    return lambda x, weight, bias: normal(x.movedim(1, -1), weight, bias).movedim(-1, 1)
+
+
+STATE = {"mean": MAPPED[2][0], "var": MAPPED[1][0].square(), "count": torch.zeros((), dtype=torch.int64)}
+LAYERS: dict[str, tuple[Normal, Normal]] = {
+    "batch": (
+        by_layer(batch_norm(EPS), {"mean": MAPPED[2][0], "var": MAPPED[1][0] ** 2, "count": KEYS[0, 0]}),
+        formula,
+    ),
+    "layer": (last(by_layer(layer_norm(EPS), {})), last(along_channels)),
+    "group": (by_layer(group_norm(1, EPS), {}), lambda x, weight, bias: one_group(x, weight, bias)),
+}
+
+
+def one_group(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    centred = x - x.mean((1, 2, 3), keepdim=True)
+    normal = centred / (centred.square().mean((1, 2, 3), keepdim=True) + EPS).sqrt()
+    return normal * weight[:, None, None] + bias[:, None, None]
+
+
+ALONE = tuple(each[0] for each in MAPPED)
+AHEAD = tuple(each[0] for each in DIRECTIONS)
+ORDERS: dict[str, Callable[[Callable[..., Tensor]], Any]] = {
+    "first": lambda f: slopes(f)(*ALONE),
+    "second": lambda f: slopes(bend(f))(*ALONE),
+    "third": lambda f: slopes(bend(bend(f)))(*ALONE),
+    "forward": lambda f: jvp(f, ALONE, AHEAD),
+    "forward twice": lambda f: jvp(lambda *i: jvp(f, i, AHEAD)[1], ALONE, AHEAD),
+    "forward over reverse": lambda f: jvp(slopes(f), ALONE, AHEAD),
+    "reverse over forward": lambda f: slopes(lambda *i: jvp(f, i, AHEAD)[1])(*ALONE),
+    "hessian": lambda f: hessian(f, (0, 1))(*ALONE),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_derivatives_of_layers(layer: str, order: str) -> None:
+    """Those of torch's own operators are wrong for some orders, silently."""
+    mine, theirs = LAYERS[layer]
+    assert_close(ORDERS[order](loss(mine)), ORDERS[order](loss(theirs)), rtol=1e-10, atol=0)
