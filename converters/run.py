@@ -15,7 +15,7 @@ import json
 import math
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -88,8 +88,12 @@ def check_classes(source: Source, dataset: DataSet) -> None:
         )
 
 
-def _some(names: tuple[str, ...] | None) -> str:
+def _some(names: Sequence[str] | None) -> str:
     return ", ".join((names or ())[:5]) + (", ..." if len(names or ()) > 5 else "")
+
+
+def _shown(value: int | list[str]) -> str:
+    return f"{value} pictures" if isinstance(value, int) else _some(value)
 
 
 def to(device: torch.device, params: Tree) -> Tree:
@@ -112,6 +116,27 @@ def check_resumable(options: Options, folder: Path) -> None:
     if different:
         words = ", ".join(f"{name} was {before.get(name)} and is {now[name]}" for name in different)
         raise RunError(f"the run in {folder} was begun with other options: {words}")
+
+
+def check_same_data(dataset: DataSet, folder: Path) -> None:
+    """That the run in a folder was begun with the same pictures: their order is a function of how many there are.
+
+    Raises:
+        RunError: that says what was and what is.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        return
+    before, now = json.loads(path.read_text())["data"], json.loads(json.dumps(_data(dataset)))
+    different = [name for name in ("classes", "train", "test") if before[name] != now[name]]
+    words = [f"{name} was {_shown(before[name])} and is {_shown(now[name])}" for name in different]
+    if not words and before.get("digest", now["digest"]) != now["digest"]:
+        words = ["names, order or classes of the pictures have changed"]
+    if words:
+        raise RunError(
+            f"the run in {folder} was begun with other data: {'; '.join(words)}. Bring the pictures back, or begin "
+            f"anew in another folder"
+        )
 
 
 class Outcome(NamedTuple):
@@ -154,6 +179,7 @@ def train(
         events: write the rows for TensorBoard, too, into ``events/``.
 
     Raises:
+        RunError: if the folder's run was begun with other data.
         ModuleNotFoundError: if there are to be events, and no ``tensorboard`` is installed.
         DivergedError: if the loss is no longer a number; the folder keeps what came before.
     """
@@ -198,6 +224,8 @@ class _Run:
         self.events = _events(folder / "events") if events and self.writes else None
         self.written = time.monotonic()
         found = distributed.from_first(states.load(folder / "states") if self.writes else None)
+        if found:
+            check_same_data(dataset, folder)
         self.rows: list[dict[str, Any]] = list(found.rows) if found else []
         self.standing = found or Standing(0, self._begin(self.phases[0]), ())
         if found:
@@ -367,13 +395,7 @@ def _write_config(folder: Path, options: Options, model: Model, dataset: DataSet
         "settings": dict(model.settings),
         "preprocessing": prepare.to_dict(),
         "augmentation": asdict(dataset.augmentation),
-        "data": {
-            "name": dataset.name,
-            "classes": dataset.classes,
-            "train": len(dataset.train),
-            "test": len(dataset.test),
-            "skipped": [str(path) for path in dataset.skipped],
-        },
+        "data": _data(dataset),
         "versions": {
             "purecnn": purecnn.__version__,
             "torch": torch.__version__,
@@ -383,6 +405,17 @@ def _write_config(folder: Path, options: Options, model: Model, dataset: DataSet
     }
     with replacing(folder / "config.json") as file:
         file.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _data(dataset: DataSet) -> dict[str, Any]:
+    return {
+        "name": dataset.name,
+        "classes": dataset.classes,
+        "train": len(dataset.train),
+        "test": len(dataset.test),
+        "digest": dataset.digest,
+        "skipped": [str(path) for path in dataset.skipped],
+    }
 
 
 def _write_metrics(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -53,8 +53,10 @@ def save(folder: Path, number: int, standing: Standing, keep: int) -> None:
             }
         ),
     }
-    write(folder / f"{number:08}.safetensors", tree.flatten(trees), metadata)
-    for old in (*_files(folder)[:-keep], *folder.glob(".[0-9]*.safetensors")):
+    written = folder / f"{number:08}.safetensors"
+    write(written, tree.flatten(trees), metadata)
+    others = [path for path in _files(folder) if path != written]  # the last by name may be another run's
+    for old in (*others[: max(0, len(others) + 1 - keep)], *folder.glob(".[0-9]*.safetensors")):
         old.unlink(missing_ok=True)
 
 

@@ -19,6 +19,7 @@ Example::
 """
 
 import difflib
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -316,6 +317,8 @@ class DataSet:
         preprocessing: for the pictures' own size and channels; ``preprocessing.adapt(...)`` for others.
         augmentation: for training.
         skipped: the files that were left out because they are no pictures.
+        digest: of what may change under one name, the files of a folder: their names, order and classes. Empty for
+            data sets that never change.
     """
 
     name: str
@@ -325,6 +328,12 @@ class DataSet:
     preprocessing: Preprocessing
     augmentation: Augmentation
     skipped: tuple[Path | str, ...] = ()
+    digest: str = ""
+
+
+def digest(marks: Iterable[str]) -> str:
+    """A short word for a list of words."""
+    return hashlib.sha256("\0".join(marks).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 class _InMemory:
@@ -531,6 +540,7 @@ def _folder(folder: Path, skip_bad: bool) -> DataSet:
         Preprocessing(),
         PHOTOGRAPHS,
         tuple(bad),
+        digest(str(file).removeprefix(str(folder)) for pairs in examples.values() for file, _ in pairs),
     )
 
 
