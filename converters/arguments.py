@@ -70,6 +70,8 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=name).device
+        zero = torch.zeros((), device=name)
+        zero.item()  # there are devices without numbers, such as meta
+        return zero.device
     except (RuntimeError, AssertionError) as error:
         raise typer.BadParameter(str(error).partition("\n")[0], param_hint="--device") from None

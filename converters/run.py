@@ -101,6 +101,16 @@ def to(device: torch.device, params: Tree) -> Tree:
     return tree.map(lambda leaf: leaf.to(device), params)
 
 
+def holds_no_progress(folder: Path) -> bool:
+    """Whether a folder holds no more than what a run writes before it makes progress, so that it may be begun anew."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if not names:
+        return True
+    early = {"config.json", "example.png", "events", "states"}
+    ours = names <= early and "config.json" in names and '"purecnn train' in (folder / "config.json").read_text()
+    return ours and states.is_empty(folder / "states")
+
+
 def check_resumable(options: Options, folder: Path) -> None:
     """That the run in a folder was begun with the same options.
 
@@ -223,6 +233,8 @@ class _Run:
         self.writes = distributed.rank() == 0
         self.events = _events(folder / "events") if events and self.writes else None
         self.written = time.monotonic()
+        for phase in self.phases:  # what cannot be is to fail before anything is written
+            training.make_step(self.model, phase.optimizer, **self._settings(phase))
         found = distributed.from_first(states.load(folder / "states") if self.writes else None)
         if found:
             check_same_data(dataset, folder)
@@ -235,6 +247,21 @@ class _Run:
             folder.mkdir(parents=True, exist_ok=True)
             _write_config(folder, options, self.model, dataset, self.prepare)
             dataset.test[0][0].save(folder / "example.png")
+
+    def _settings(self, phase: Phase) -> dict[str, Any]:
+        """Of a phase's steps."""
+        options = self.options
+        whole = phase.trainable is None
+        return {
+            "trainable": phase.trainable,
+            "policy": options.policy,
+            "average": options.average,
+            "label_smoothing": options.label_smoothing,
+            "statistics": ("global" if options.synchronize else "batch") if whole else "running",
+            "accumulate": options.accumulate,
+            "remat": options.remat,
+            "compile": options.compile,
+        }
 
     def _begin(self, phase: Phase) -> training.Position:
         train_state = training.TrainState.start(
@@ -290,7 +317,6 @@ class _Run:
             self.hooks.on_epoch(self.rows[-1])
 
         history = list(position.history)
-        whole = phase.trainable is None
         try:
             fitted = training.fit(
                 self.model,
@@ -300,17 +326,10 @@ class _Run:
                 epochs=phase.epochs,
                 key=random.fold_in(self.key, before),
                 position=position,
-                trainable=phase.trainable,
-                policy=options.policy,
-                average=options.average,
                 on_step=step_done,
                 on_epoch=epoch_done,
-                label_smoothing=options.label_smoothing,
-                statistics=("global" if options.synchronize else "batch") if whole else "running",
-                accumulate=options.accumulate,
-                remat=options.remat,
-                compile=options.compile,
                 capture=options.capture,
+                **self._settings(phase),
             )
         finally:
             if self.rows and self.writes:

@@ -123,5 +123,10 @@ def _ordered(model: Tree, found: Tree, device: torch.device) -> Tree:
     }
 
 
+def is_empty(folder: Path) -> bool:
+    """Whether a folder holds no position of a run; it need not be there."""
+    return not _files(folder)
+
+
 def _files(folder: Path) -> list[Path]:
     return sorted(folder.glob("[0-9]*.safetensors"))

@@ -187,9 +187,11 @@ def _run_folder(options: Options, out: Path | None, resume: bool) -> Path:
         if resume or distributed.world_size() > 1:
             raise typer.BadParameter("a run of many processes, or to go on with, needs its folder", param_hint="--out")
         return run.new_folder(options)
+    if run.holds_no_progress(out):
+        return out
     if resume:
         run.check_resumable(options, out)
-    elif out.is_dir() and any(out.iterdir()):
+    else:
         raise typer.BadParameter(
             f"{out} is not empty: nothing is overwritten; --resume goes on with it", param_hint="--out"
         )

@@ -166,6 +166,7 @@ def test_verify_notices_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
         (["train", "lenet5", "--epochs", "0"], "--epochs"),
         (["train", "lenet5", "--bogus"], "--bogus"),
         (["train", "lenet5", "--device", "abacus"], "abacus"),
+        (["train", "lenet5", "--device", "meta"], "meta"),
         (["evaluate", "none.safetensors"], "none.safetensors does not exist"),
         (["predict", "none.png", "--from", "x.safetensors"], "none.png does not exist"),
         (["list", "xyz*"], "xyz"),

@@ -194,6 +194,31 @@ def test_what_was_just_written_is_kept(tmp_path: Path) -> None:
         assert sorted(int(path.stem) for path in tmp_path.iterdir()) == left
 
 
+@pytest.mark.parametrize("resume", [(), ("--resume",)], ids=["anew", "resume"])
+def test_a_failed_start_does_not_spoil_the_folder(resume: tuple[str, ...], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    words = ("train", "lenet5", "--epochs", "1", "--batch-size", "500", "--out", str(folder))
+    assert call(*words, "--label-smoothing", "2").exit_code == 2
+    assert call(*words, "--synchronize", "--lr", "1e30").exit_code == 1
+    assert {path.name for path in folder.iterdir()} == {"config.json", "example.png"}
+    result = call(*words, "--seed", "3", *resume)
+    assert result.exit_code == 0, result.output
+    assert json.loads((folder / "config.json").read_text())["options"]["seed"] == 3
+    assert call(*words, "--seed", "4").exit_code == 2
+
+
+def test_another_programs_configuration_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"command": "else"}')
+    assert call(*TRAIN, "--out", str(tmp_path)).exit_code == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_what_cannot_be_trained_is_known_before_anything_is_written(tmp_path: Path) -> None:
+    result = call("train", "lenet5_1998", "--label-smoothing", "0.1", "--out", str(tmp_path / "run"))
+    assert "another loss" in str(result.exception)
+    assert not any(tmp_path.iterdir())
+
+
 def test_misuse(tmp_path: Path) -> None:
     result = call(*TRAIN, "--resume")
     assert result.exit_code == 2
