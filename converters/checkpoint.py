@@ -14,7 +14,7 @@ from typing import Any
 
 import purecnn
 from converters.files import FileError, opened, read, write
-from converters.rules import ConversionError
+from converters.rules import ConversionError, some
 from purecnn import Model, tree
 from purecnn.data import Preprocessing
 from purecnn.tree import Tree
@@ -120,7 +120,7 @@ def check(model: Model, params: Tree, state: Tree) -> None:
     """That trees have the names and shapes of a model.
 
     Raises:
-        ConversionError: that lists every difference.
+        ConversionError: that names what differs.
     """
     for what, meta, given in zip(("parameters", "statistics"), model.spec(), (params, state), strict=True):
         expected = {path: tuple(leaf.shape) for path, leaf in tree.flatten(meta).items()}
@@ -131,4 +131,4 @@ def check(model: Model, params: Tree, state: Tree) -> None:
                 for path in sorted(expected.keys() | found.keys())
                 if expected.get(path) != found.get(path)
             ]
-            raise ConversionError(f"the {what} are not those of {model.name}: {', '.join(lines)}")
+            raise ConversionError(f"the {what} are not those of {model.name}: {some(lines)}")
