@@ -56,13 +56,14 @@ def existing(path: Path) -> Path:
     return path
 
 
-def load_source(source: str, name: str | None) -> sources.Source:
-    """As `converters.sources.load`, with names checked as arguments."""
+def load_source(source: str, name: str | None, *, as_stored: bool = False) -> sources.Source:
+    """As `converters.sources.load`, with names checked as arguments, and in single precision unless ``as_stored``."""
     if name is not None:
         create(name)
     if Path(source).suffix:
         existing(Path(source))
-    return sources.load(source, name)
+    found = sources.load(source, name)
+    return found if as_stored else found.single()
 
 
 def pick_device(name: str) -> torch.device:

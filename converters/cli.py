@@ -304,7 +304,7 @@ def convert(
     """Convert torchvision's weights to a checkpoint, or a checkpoint to torchvision's state_dict."""
     if target.exists():
         raise typer.BadParameter(f"{target} exists: nothing is overwritten", param_hint="TARGET")
-    found = load_source(source, model)
+    found = load_source(source, model, as_stored=True)
     if to is run.FormatName.purecnn:
         checkpoint.save(
             target,

@@ -139,6 +139,28 @@ def test_convert_there_and_back(folder: Path) -> None:
     assert all(torch.equal(back[key], tensor) for key, tensor in state_dict.items())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_weights_of_other_types_are_computed_with_and_converted_as_they_are(folder: Path, dtype: torch.dtype) -> None:
+    model = purecnn.create("lenet5")
+    params, state = (
+        purecnn.tree.map(lambda leaf: leaf.to(dtype) if leaf.is_floating_point() else leaf, part)
+        for part in model.init(random.key(0))
+    )
+    prepare = data.load("digits").preprocessing.adapt(size=32)
+    checkpoint.save("x.safetensors", model, params, state, preprocessing=prepare, classes=list("0123456789"))
+    Image.new("L", (8, 8)).save("x.png")
+    for words in (
+        ("evaluate", "x.safetensors"),
+        ("predict", "x.png", "--from", "x.safetensors"),
+        ("explain", "x.png", "--from", "x.safetensors", "--method", "input"),
+        ("train", "lenet5", "--from", "x.safetensors", "--epochs", "1", "--batch-size", "500"),
+        ("convert", "x.safetensors", "y.safetensors"),
+    ):
+        result = call(*words)
+        assert result.exit_code == 0, (words, result.output, result.exception)
+    assert {leaf.dtype for leaf in files.read("y.safetensors").values()} == {dtype}
+
+
 def test_verify() -> None:
     rows = json.loads(call("verify", "squeezenet1_1", "--image-size", "64", "--json").stdout)
     assert rows[0]["model"] == "squeezenet1_1"
