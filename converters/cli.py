@@ -37,10 +37,10 @@ from converters.arguments import (
     SkipBad,
     Workers,
     create,
-    existing,
     load_data,
     load_source,
     pick_device,
+    pictures_of,
 )
 from converters.rules import ConversionError
 from converters.screen import notes, print_json, screen, table
@@ -250,7 +250,7 @@ def evaluate(
 
 @app.command()
 def predict(
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Pictures.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Pictures, or folders of them.")],
     source: Annotated[
         str, typer.Option("--from", help="A checkpoint, a file in torchvision's names, or DEFAULT (with --model).")
     ] = "DEFAULT",
@@ -260,8 +260,7 @@ def predict(
     as_json: AsJson = False,
 ) -> None:
     """Say what is in pictures, and draw the answers beside them."""
-    for path in images:
-        existing(path)
+    images = pictures_of(images)
     found = load_source(source, model)
     if found.preprocessing is None:
         raise ConversionError(f"{source} does not say how its images are prepared; train or convert it first")
@@ -362,7 +361,7 @@ def _matching(pattern: str) -> list[str]:
 
 @app.command()
 def explain(
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Pictures.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Pictures, or folders of them.")],
     source: Annotated[
         str, typer.Option("--from", help="A checkpoint, a file in torchvision's names, or DEFAULT (with --model).")
     ] = "DEFAULT",
@@ -374,8 +373,7 @@ def explain(
     as_json: AsJson = False,
 ) -> None:
     """Draw where a network looks: Grad-CAM, integrated gradients, SmoothGrad, input gradients."""
-    for path in images:
-        existing(path)
+    images = pictures_of(images)
     found = load_source(source, model)
     methods = list(dict.fromkeys(method or explaining.MethodName))
     results = [explaining.explain_picture(found, data.read_image(path), methods) for path in images]
@@ -383,6 +381,8 @@ def explain(
         (each.seen, f"{each.answer}: {each.probability:.1%}", {explaining.TITLES[m]: each.maps[m] for m in methods})
         for each in results
     ]
+    if out.is_dir():
+        out = out / "explanation.png"
     pictures.explanations(rows, out)
     if as_json:
         reports = [{"image": str(path), **each.to_dict()} for path, each in zip(images, results, strict=True)]

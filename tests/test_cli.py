@@ -90,6 +90,27 @@ def test_train_evaluate_predict(folder: Path) -> None:
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+def test_folders_in_place_of_files(folder: Path) -> None:
+    assert call("train", "lenet5", "--epochs", "1", "--batch-size", "500", "--out", "run").exit_code == 0
+    assert call("evaluate", "run").exit_code == 0
+    for name in ("some/b.png", "some/a.PNG", "some/deep/c.png", "some/.d.png", "empty/notes.txt"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_bytes(Path("run/example.png").read_bytes())
+    for command in ("predict", "explain"):
+        words = (command, "some", "run/example.png", "--from", "run", "--out", "run", "--json")
+        found = json.loads(call(*words).stdout)
+        found = found["images"] if command == "explain" else found
+        assert [each["image"] for each in found] == ["some/a.PNG", "some/b.png", "run/example.png"]
+    assert Path("run/explanation.png").is_file()
+    for words, message in (
+        (("predict", "empty", "--from", "run"), "empty holds no pictures"),
+        (("evaluate", "some"), "some/checkpoint.safetensors does not exist"),
+    ):
+        result = call(*words)
+        assert result.exit_code == 2
+        assert message in " ".join(re.sub("[│╭╮╰╯─]", " ", result.output).split())
+
+
 def test_events_on_request(folder: Path) -> None:
     words = ("train", "lenet5", "--epochs", "1", "--batch-size", "500", "--out", "run", "--tensorboard")
     result = call(*words)
