@@ -19,6 +19,7 @@ Example::
 """
 
 import difflib
+import errno
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -93,6 +94,18 @@ def read_image(source: str | os.PathLike[str] | BinaryIO, *, called: str | None 
         if image.mode == "P":  # a palette may hold transparency, which only RGBA takes over without a warning
             image = image.convert("RGBA")
         return image.convert("L" if image.mode in ("1", "LA", "La") else "RGB")
+
+
+_LEFT_OUT = "--skip-bad, or skip_bad=True, leaves them out"
+
+
+def read_example(source: str | os.PathLike[str] | BinaryIO, *, called: str | None = None) -> Image.Image:
+    """`read_image` for a data set: what it raises tells how to do without such pictures."""
+    try:
+        return read_image(source, called=called)
+    except DataError as error:
+        error.add_note(_LEFT_OUT)
+        raise
 
 
 def _check_header(path: Path) -> None:
@@ -356,7 +369,7 @@ class _Files:
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         file, label = self.files[index]
-        return read_image(file), label
+        return read_example(file), label
 
 
 def _square(size: int, mean: Sequence[float], std: Sequence[float]) -> Preprocessing:
@@ -523,9 +536,7 @@ def _folder(folder: Path, skip_bad: bool) -> DataSet:
     bad = _bad_files(files, read_image if skip_bad else _check_header)
     if bad and not skip_bad:
         shown = "".join(f"\n  {file}" for file in bad[:10]) + ("\n  ..." if len(bad) > 10 else "")
-        raise DataError(
-            f"{len(bad)} of {len(files)} files in {folder} are no pictures (skip_bad leaves them out):{shown}"
-        )
+        raise DataError(f"{len(bad)} of {len(files)} files in {folder} are no pictures ({_LEFT_OUT}):{shown}")
     dropped = set(bad)
     for half, pairs in examples.items():
         examples[half] = [(file, label) for file, label in pairs if file not in dropped]
@@ -552,10 +563,18 @@ def _class_folders(half: Path) -> tuple[str, ...]:
 
 
 def _visible_files(folder: Path) -> list[Path]:
+    """Those in it at any depth. Links are followed, but not into a folder that they lie in, which has no end."""
     files: list[Path] = []
-    for here, folders, inside in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]  # os.walk then stays out of them
-        files += [Path(here, name) for name in inside if not name.startswith(".")]
+    parent = folder.parent.resolve()
+    around = {folder: {parent, *parent.parents}}  # of each folder, all that it was reached through
+    for name, folders, inside in os.walk(folder, followlinks=True):
+        here = Path(name)
+        reached, real = around.pop(here), here.resolve()
+        if real in reached or here.name.startswith("."):
+            folders.clear()  # os.walk then stays out of them
+            continue
+        around |= {here / name: {*reached, real} for name in folders}
+        files += [here / name for name in inside if not name.startswith(".")]
     return sorted(files)
 
 
@@ -564,7 +583,8 @@ def _bad_files(files: Sequence[Path], check: Callable[[Path], object]) -> list[P
         try:
             check(file)
         except DataError as error:
-            if isinstance(error.__cause__, OSError) and error.__cause__.errno is not None:
+            broken_link = (None, errno.ENOENT, errno.ELOOP)
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno not in broken_link:
                 raise  # the system failed (no permission, a lost disk): that says nothing about the file
             return True
         return False

@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from purecnn.data import HELD_OUT, PHOTOGRAPHS, DataError, DataSet, Preprocessing, digest, read_image
+from purecnn.data import HELD_OUT, PHOTOGRAPHS, DataError, DataSet, Preprocessing, digest, read_example
 
 __all__ = ["load"]
 
@@ -86,7 +86,7 @@ class _Rows:
         row = self.rows[index]
         file = row[self.picture]
         source = io.BytesIO(file["bytes"]) if file["bytes"] is not None else file["path"]
-        return read_image(source, called=self.called(index)), row[self.label]
+        return read_example(source, called=self.called(index)), row[self.label]
 
     def called(self, index: int) -> str:
         return f"{self.where}, row {index}"
