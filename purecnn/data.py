@@ -22,6 +22,7 @@ import difflib
 import errno
 import hashlib
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -615,7 +616,8 @@ def batches(
 
     With a key the order is shuffled, and what ``transform`` draws for a picture depends on the key and the
     picture's index alone: not on ``workers`` or ``batch_size``, nor on torch's global generator, which is
-    left as it was. Going through the same object twice gives the same batches: give every epoch its own key.
+    left as it was, nor on threads that go through other batches. Going through the same object twice gives the
+    same batches: give every epoch its own key.
     Without a key the order is that of ``examples``, for transforms that draw nothing.
 
     Args:
@@ -719,16 +721,25 @@ class Batches:
             yield batch
 
 
+_GENERATOR = threading.RLock()
+"""Held by the thread that draws from torch's global generator: torchvision's transforms know no other."""
+if hasattr(os, "register_at_fork"):  # a worker's process must not begin with a lock that no thread of its own holds
+    os.register_at_fork(
+        before=_GENERATOR.acquire, after_in_parent=_GENERATOR.release, after_in_child=_GENERATOR.release
+    )
+
+
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """torch's global generator, begun anew from a seed, and afterwards as it was."""
-    before = torch.get_rng_state()
-    # not torch.manual_seed, which seeds accelerators as well and is ten times slower
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(before)
+    with _GENERATOR:
+        before = torch.get_rng_state()
+        # not torch.manual_seed, which seeds accelerators as well and is ten times slower
+        torch.default_generator.manual_seed(seed)
+        try:
+            yield
+        finally:
+            torch.set_rng_state(before)
 
 
 def resident(

@@ -4,6 +4,7 @@ import json
 import struct
 import urllib.error
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -382,6 +383,23 @@ def test_the_global_generator_is_left_alone(digits: data.DataSet, workers: int) 
     assert torch.equal(torch.get_rng_state(), before)
     list(data.batches(examples, digits.preprocessing.evaluation(), 4, workers=workers))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@worker_processes
+def test_threads_do_not_draw_each_others_numbers(digits: data.DataSet) -> None:
+    examples = [digits.train[i] for i in range(100)]
+    transform = digits.preprocessing.training(digits.augmentation)
+
+    def run(seed: int, workers: int = 0) -> torch.Tensor:
+        return everything(data.batches(examples, transform, 50, key=random.key(seed), workers=workers))[0]
+
+    before = torch.get_rng_state()
+    with ThreadPoolExecutor(3) as pool:
+        others = pool.map(run, range(8))
+        mine = [run(seed, workers=1) for seed in range(2)]  # while others draw, a process is begun
+        together = list(others)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(images, run(seed)) for seed, images in (*enumerate(together), *enumerate(mine)))
 
 
 def test_batches_that_cannot_be() -> None:
