@@ -235,6 +235,7 @@ class _Run:
         self.written = time.monotonic()
         for phase in self.phases:  # what cannot be is to fail before anything is written
             training.make_step(self.model, phase.optimizer, **self._settings(phase))
+        self._check_single_pictures()
         found = distributed.from_first(states.load(folder / "states") if self.writes else None)
         if found:
             check_same_data(dataset, folder)
@@ -247,6 +248,21 @@ class _Run:
             folder.mkdir(parents=True, exist_ok=True)
             _write_config(folder, options, self.model, dataset, self.prepare)
             dataset.test[0][0].save(folder / "example.png")
+
+    def _check_single_pictures(self) -> None:
+        """That the network can be trained on one picture, if a step has no more: some have no variance then."""
+        size, count, parts = self.options.batch_size, len(self.dataset.train), distributed.world_size()
+        batches = min(size, count), count % size or size
+        fewest = min(len(torch.empty(batch // parts or batch).chunk(self.options.accumulate)[-1]) for batch in batches)
+        if fewest > 1 or all(phase.trainable is not None for phase in self.phases):
+            return
+        side = self.model.image_size
+        picture = torch.empty(1, self.model.in_channels, side, side, device="meta")
+        try:
+            self.model.apply(*self.model.spec(), picture, train=True, key=self.key.to("meta"))
+        except (RuntimeError, ValueError) as error:
+            error.add_note(f"of {count} pictures a step gets a single one: choose another --batch-size than {size}")
+            raise
 
     def _settings(self, phase: Phase) -> dict[str, Any]:
         """Of a phase's steps."""

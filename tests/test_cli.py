@@ -249,6 +249,19 @@ def test_failures(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch:
         assert (code, message in error) == (1, True), f"{words}: {error}"
 
 
+def test_a_batch_of_one_picture_is_refused_at_once_where_a_network_cannot_have_it(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_pictures(folder / "pictures")
+    words = ("--data", "pictures", "--image-size", "32", "--epochs", "1", "--out", "run")
+    for sizes in (("--batch-size", "11"), ("--batch-size", "3", "--accumulate", "2")):
+        code, error = fails(capsys, monkeypatch, "train", "resnet18", *words, *sizes)
+        assert code == 1
+        assert f"of 12 pictures a step gets a single one: choose another --batch-size than {sizes[1]}" in error
+        assert not (folder / "run").exists()
+    assert call("train", "squeezenet1_1", *words, "--batch-size", "11").exit_code == 0
+
+
 def test_what_is_no_picture_can_be_skipped(folder: Path) -> None:
     make_pictures(folder / "pictures", broken=True)
     words = ["train", "squeezenet1_1", "--data", "pictures", "--image-size", "40", "--epochs", "1", "--skip-bad"]
