@@ -47,12 +47,24 @@ def save(
 ) -> None:
     """Write a checkpoint, wholly or not at all.
 
+    Args:
+        path: the file, ``.safetensors``; what is there is replaced.
+        model: created by name, as by `purecnn.create`.
+        params, state: the model's trees.
+        preprocessing: how images become the model's input.
+        classes: their names, in the order of the logits.
+        origin: where published weights are from; JSON-able.
+
     Raises:
-        ConversionError: if the trees are not the model's, or no model of its name could be created again.
+        ConversionError: if the trees are not the model's, there are more or fewer names than its classes, or no model
+            of its name could be created again.
+        FileError: if the path does not end in ``.safetensors``.
     """
     if model.name not in purecnn.list_models():
         raise ConversionError(f"a checkpoint names the model that it rebuilds, and there is none called {model.name!r}")
     check(purecnn.create(model.name, **model.settings), params, state)  # what a reader will build from the file
+    if classes is not None and len(classes) != model.num_classes:
+        raise ConversionError(f"{model.name} has {model.num_classes} classes, and there are {len(classes)} names")
     metadata = {
         "format": FORMAT,
         "model": model.name,

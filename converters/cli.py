@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict
+from itertools import chain, count
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -268,17 +269,17 @@ def predict(
     transform = found.preprocessing.evaluation()
     pictured = [(path, data.read_image(path)) for path in images]
     results: list[dict[str, Any]] = []
-    for path, image in pictured:
+    for (path, image), name in zip(pictured, _unique(path.stem for path in images), strict=True):
         with torch.no_grad():
             logits, _ = found.model.apply(found.params, found.state, transform(image)[None])
         best = logits[0].softmax(0).topk(min(top, len(classes)))
         answers = [(classes[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
-        target = out / f"{path.stem}-prediction.png"
+        target = out / f"{name}-prediction.png"
         pictures.prediction(image, answers, target)
         results.append(
             {
                 "image": str(path),
-                "answers": [{"class": name, "probability": probability} for name, probability in answers],
+                "answers": [{"class": answer, "probability": probability} for answer, probability in answers],
                 "picture": str(target),
             }
         )
@@ -291,6 +292,15 @@ def predict(
         for answer in result["answers"]:
             shown.add_row(answer["class"], f"{answer['probability']:.2%}")
         screen.print(shown)
+
+
+def _unique(stems: Iterable[str]) -> list[str]:
+    """Pictures in different folders may be called the same: ``x``, ``x-2``, ``x-3``, in the order given."""
+    names: list[str] = []
+    for stem in stems:
+        choices = chain([stem], (f"{stem}-{i}" for i in count(2)))
+        names.append(next(name for name in choices if name not in names))
+    return names
 
 
 @app.command()

@@ -66,11 +66,13 @@ def write(
     """Write tensors, wholly or not at all: safetensors, or a state_dict of torch where the name ends in ``.pth``.
 
     Raises:
-        FileError: if the name has another ending.
+        FileError: if the name has another ending, or there is metadata for a ``.pth`` file, which has no place for it.
     """
     suffix = Path(path).suffix
     if suffix not in (".safetensors", ".pth"):
         raise FileError(f"{path} should end in .safetensors or .pth")
+    if suffix == ".pth" and metadata:
+        raise FileError(f"{path} should end in .safetensors: a .pth file cannot say what its tensors are")
     with replacing(path) as file:
         if suffix == ".pth":
             torch.save(tensors, file)

@@ -230,6 +230,7 @@ class _Run:
         )
         self.steps = -(-len(dataset.train) // options.batch_size)
         self.phases = phases(options, params, self.steps)
+        self.mix = mixing(options, len(dataset.classes))
         self.writes = distributed.rank() == 0
         self.events = _events(folder / "events") if events and self.writes else None
         self.written = time.monotonic()
@@ -247,7 +248,8 @@ class _Run:
         elif self.writes:
             folder.mkdir(parents=True, exist_ok=True)
             _write_config(folder, options, self.model, dataset, self.prepare)
-            dataset.test[0][0].save(folder / "example.png")
+            with replacing(folder / "example.png") as file:
+                dataset.test[0][0].save(file, format="PNG")
 
     def _check_single_pictures(self) -> None:
         """That the network can be trained on one picture, if a step has no more: some have no variance then."""
@@ -296,7 +298,6 @@ class _Run:
         before = sum(each.epochs for each in self.phases[:index])
         total = sum(each.epochs for each in self.phases) * self.steps
         vary = self.prepare.training(self.dataset.augmentation)
-        mix = mixing(options, len(self.dataset.classes))
 
         def batches(key: torch.Tensor) -> data.Batches:
             return data.batches(
@@ -305,7 +306,7 @@ class _Run:
                 options.batch_size,
                 key=key,
                 workers=options.workers,
-                mix=mix,
+                mix=self.mix,
                 part=self.part,
             )
 
@@ -373,8 +374,8 @@ class _Run:
 
     def conclude(self) -> None:
         """Look at the best network: the pictures and the page."""
-        best = checkpoint.load(self.folder / "checkpoint.safetensors")[1:] if self.writes else None
-        params, state = distributed.from_first(best) or self.weights
+        best = checkpoint.load(self.folder / "checkpoint.safetensors")[1:] if self.writes else self.weights
+        params, state = distributed.from_first(best)
         params, state = to(self.device, params), to(self.device, state)
         found = training.evaluate(self.model, params, state, self.test, policy=self.options.policy)
         if self.writes:

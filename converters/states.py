@@ -34,6 +34,12 @@ def save(folder: Path, number: int, standing: Standing, keep: int) -> None:
     """Write a file for where the run stands after ``number`` steps, and remove all but the last ``keep``.
 
     Half-written files of a process that was killed go, too: a run has one writer.
+
+    Args:
+        folder: the run's ``states``.
+        number: steps done in all phases; names the file.
+        standing: where the run stands.
+        keep: how many files are left, at least 1.
     """
     phase, position, rows = standing
     params, state, opt_state, step, extra = position.train_state
@@ -56,7 +62,8 @@ def save(folder: Path, number: int, standing: Standing, keep: int) -> None:
     written = folder / f"{number:08}.safetensors"
     write(written, tree.flatten(trees), metadata)
     others = [path for path in _files(folder) if path != written]  # the last by name may be another run's
-    for old in (*others[: max(0, len(others) + 1 - keep)], *folder.glob(".[0-9]*.safetensors")):
+    # safetensors writes into a file of its own first, .tmp and some letters.
+    for old in (*others[: max(0, len(others) + 1 - keep)], *folder.glob(".[0-9]*.safetensors"), *folder.glob(".tmp*")):
         old.unlink(missing_ok=True)
 
 
@@ -94,13 +101,18 @@ def like(standing: Standing, start: TrainState, device: torch.device) -> Standin
     """The same on a device, its trees in the order of a fresh train state's: a file sorts its keys.
 
     Raises:
-        FileError: if the trees differ.
+        FileError: if the trees differ in names or shapes.
     """
 
     def sort(what: str, model: Tree, found: Tree) -> Tree:
-        names = tree.flatten(model).keys() ^ tree.flatten(found).keys()
-        if names:
-            raise FileError(f"the run's {what} is another network's or optimizer's: {', '.join(sorted(names)[:5])}")
+        expected, given = ({path: tuple(leaf.shape) for path, leaf in tree.flatten(t).items()} for t in (model, found))
+        if given != expected:
+            lines = [
+                f"{path} (expected {expected.get(path, 'nothing')}, found {given.get(path, 'nothing')})"
+                for path in sorted(expected.keys() | given.keys())
+                if expected.get(path) != given.get(path)
+            ]
+            raise FileError(f"the run's {what} is another network's or optimizer's: {', '.join(lines[:5])}")
         return _ordered(model, found, device)
 
     given = standing.position.train_state

@@ -112,6 +112,8 @@ def pretrained(model: Model, weights: str | WeightsEnum = "DEFAULT", *, key: Ten
             the file by hand.
     """
     entry = weights_entry(model, weights) if isinstance(weights, str) else weights
+    if entry not in weights_entries(model):
+        raise ConversionError(f"{entry} are not weights of {model.name}")
     if model.settings.get("transform_input") is False:
         raise ConversionError(
             f"the published weights of {model.name} want their input transformed: "

@@ -1,5 +1,6 @@
 """The command ``purecnn train``: from words to `converters.options.Options`, and what is seen on the way."""
 
+import math
 import os
 import signal
 from collections.abc import Iterator
@@ -35,6 +36,20 @@ from converters.options import OptimizerName, Options, PrecisionName, ScheduleNa
 from converters.screen import notes, print_json, screen
 from purecnn import distributed
 
+# Bounds of typer are allowed values themselves; these are not.
+
+
+def _positive(value: float | None) -> float | None:
+    if value is not None and not 0 < value < math.inf:
+        raise typer.BadParameter(f"{value} should be greater than 0")
+    return value
+
+
+def _share(value: float | None) -> float | None:
+    if value is not None and not 0 < value < 1:
+        raise typer.BadParameter(f"{value} should be between 0 and 1")
+    return value
+
 
 def train(
     model: ModelName,
@@ -64,10 +79,14 @@ def train(
     weight_decay: Annotated[float, typer.Option(min=0, help="Not applied to biases and normalisation.")] = 1e-4,
     clip: Annotated[float | None, typer.Option(min=0, help="Scale gradients of a larger norm down to it.")] = None,
     label_smoothing: Annotated[float, typer.Option(min=0, max=1, help="0.1 is usual for ImageNet.")] = 0.0,
-    mixup: Annotated[float | None, typer.Option(min=0, help="Mix pictures; alpha of the beta distribution.")] = None,
-    cutmix: Annotated[float | None, typer.Option(min=0, help="Paste pictures into others; alpha likewise.")] = None,
+    mixup: Annotated[
+        float | None, typer.Option(callback=_positive, help="Mix pictures; alpha of the beta distribution.")
+    ] = None,
+    cutmix: Annotated[
+        float | None, typer.Option(callback=_positive, help="Paste pictures into others; alpha likewise.")
+    ] = None,
     average: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Keep and evaluate a moving average of this memory: 0.999.")
+        float | None, typer.Option(callback=_share, help="Keep and evaluate a moving average of this memory: 0.999.")
     ] = None,
     head_epochs: Annotated[
         int | None,

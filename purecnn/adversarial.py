@@ -90,6 +90,9 @@ def pgd(
     Returns:
         Images like ``x``.
 
+    Raises:
+        ValueError: if ``norm`` is neither, ``epsilon`` is a negative number, or ``steps`` is less than 1.
+
     >>> import purecnn
     >>> model = purecnn.create("lenet5")
     >>> params, state = model.init(random.key(0))

@@ -280,9 +280,17 @@ def hutchinson_trace(product: Product, params: Tree, key: Tensor, samples: int) 
         key: of the signs.
         samples: how many products to take.
 
+    Returns:
+        The mean, and its standard error: nan of a single product.
+
+    Raises:
+        ValueError: if there are fewer than one.
+
     >>> hutchinson_trace(lambda v: {"w": 3 * v["w"]}, {"w": torch.zeros(5)}, random.key(0), 2)
     Estimate(mean=tensor(15.), standard_error=tensor(0.))
     """
+    if samples < 1:
+        raise ValueError(f"a trace takes at least one product, found {samples}")
 
     def draw(key: Tensor) -> Tensor:
         v = rademacher(key, params)
@@ -315,6 +323,9 @@ def lanczos(product: Product, params: Tree, key: Tensor, steps: int) -> Spectrum
         params: the tree that it acts on, for its shapes.
         key: of the first vector, which is normal.
         steps: how many; no more than the matrix has rows are made.
+
+    Raises:
+        ValueError: if ``steps`` is less than 1.
 
     >>> diagonal = {"w": torch.tensor([1.0, 2.0, 5.0])}
     >>> lanczos(lambda v: {"w": diagonal["w"] * v["w"]}, diagonal, random.key(0), 3).values

@@ -206,6 +206,13 @@ class Preprocessing:
         channels, or to grey by the weights with which Pillow mixes RGB (exact for the mean; for the deviation
         as if the channels varied together, which they nearly do).
 
+        Args:
+            size: height and width, in pixels; None keeps them.
+            channels: 1 (grey) or 3 (RGB); None keeps them.
+
+        Raises:
+            DataError: for another number of channels, or a size below 1.
+
         Example::
 
             data.load("digits").preprocessing.adapt(size=224, channels=3)  # for a ResNet
@@ -642,8 +649,8 @@ def batches(
         for images, labels in data.batches(digits.train, transform, 64, key=random.fold_in(key, epoch)):
             ...
     """
-    if batch_size < 1 or workers < 0:
-        raise DataError(f"batch_size must be at least 1 and workers at least 0, not {batch_size} and {workers}")
+    if workers < 0:
+        raise DataError(f"workers must be at least 0, not {workers}")
     if mix is not None and key is None:
         raise DataError("to mix pictures is to draw: it needs a key")
     order = _Order(len(examples), batch_size, key, drop_last, part)
@@ -663,6 +670,8 @@ class _Order:
     """Batches to leave out at the beginning."""
 
     def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise DataError(f"batch_size must be at least 1, not {self.batch_size}")
         if self.count < (self.batch_size if self.drop_last else 1):
             raise DataError(f"{self.count} pictures make no batch of {self.batch_size}")
 
@@ -759,11 +768,14 @@ def resident(
         batch_size: the last batch may be smaller.
         preprocessing: of the pictures.
         device: where to keep them.
+
+    Raises:
+        DataError: when there would be no batch at all, or a picture cannot be read, naming its file.
     """
+    order = _Order(len(examples), batch_size, None, False, (0, 1))
     keep = preprocessing.bytes()
     images, labels = zip(*(examples[i] for i in range(len(examples))), strict=True)
     stored = torch.stack([keep(image) for image in images]).to(device)
-    order = _Order(len(examples), batch_size, None, False, (0, 1))
     return Resident(stored, torch.tensor(labels).to(device), order)
 
 

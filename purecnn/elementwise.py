@@ -35,6 +35,9 @@ def sgd(
         decay: whether a parameter is pulled, by its path; by default all are.
         scale: factor of a parameter's learning rate, by its path, such as for stages of a fine-tune; by default 1.
 
+    Raises:
+        ValueError: if a number is out of range, or Nesterov's momentum has none to look ahead with.
+
     >>> optimizer = sgd(0.5, scale=lambda path: 1.0 if path.startswith("head.") else 0.1)
     >>> params = {"stem": {"weight": torch.ones(2)}, "head": {"weight": torch.ones(2)}}
     >>> optimizer.update(params, optimizer.init(params), params)[0]
@@ -98,6 +101,9 @@ def rmsprop(
         momentum: share of the former direction that is kept.
         tensorflow: TensorFlow's variant.
         weight_decay, decay, scale: as in `sgd`.
+
+    Raises:
+        ValueError: if a number is out of range.
     """
     check_share(alpha=alpha, momentum=momentum)
     check_positive(eps=eps)
@@ -164,6 +170,9 @@ def adamw(
         beta2: memory of its square.
         eps: keeps the division finite.
         weight_decay, decay, scale: as in `sgd`.
+
+    Raises:
+        ValueError: if a number is out of range.
     """
     check_share(beta1=beta1, beta2=beta2)
     check_positive(eps=eps)

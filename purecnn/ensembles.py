@@ -70,7 +70,8 @@ def stack(members: Sequence[Members]) -> Members:
     if isinstance(first, Tensor):
         joined: Any = torch.stack(list(parts))
     elif isinstance(first, Mapping):
-        if different := next((part for part in parts if part.keys() != first.keys()), None):
+        different = next((part for part in parts if part.keys() != first.keys()), None)
+        if different is not None:
             raise ValueError(f"the members' trees differ: {sorted(first)} and {sorted(different)}")
         joined = {name: stack([part[name] for part in parts]) for name in first}
     else:
@@ -337,6 +338,11 @@ def mc_dropout(model: Model, params: Tree, state: Tree, x: Tensor, keys: Tensor)
 
     Gal and Ghahramani, Dropout as a Bayesian Approximation (arXiv:1506.02142). Batch normalisation uses its running
     statistics. Layers before the first draw run once for all keys.
+
+    Args:
+        model, params, state: the network, one with dropout.
+        x: images, (batch, channels, height, width).
+        keys: of the masks, (keys, 2): ``random.split(key, count)``.
     """
 
     def one(key: Tensor) -> Tensor:

@@ -75,6 +75,9 @@ def smooth_gradient(
 
     Returns:
         As ``x``.
+
+    Raises:
+        ValueError: if ``noise`` is negative, ``samples`` is less than 1, or there are not as many targets as images.
     """
     if noise < 0:
         raise ValueError(f"noise is at least 0, found {noise}")
@@ -123,6 +126,9 @@ def integrated_gradients(
             for normalised images is the mean colour.
         steps: number of points on the line.
         chunk: so many images at once; what is at once in memory, and nothing else, depends on it.
+
+    Raises:
+        ValueError: if ``steps`` is less than 1, or there are not as many targets as images.
 
     >>> import purecnn
     >>> model = purecnn.create("lenet5")

@@ -1,7 +1,7 @@
 """Writing files wholly or not at all."""
 
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +11,7 @@ from pathlib import Path
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary file that takes the place of ``path`` when the block ends, and vanishes when it fails.
 
+    >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
     >>> with replacing(folder / "greeting") as file:
     ...     _ = file.write_text("hello")
@@ -20,17 +21,14 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     # The suffix stays last, because some writers choose the format by it.
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.stem}.", suffix=target.suffix)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = target.with_name(f".{target.stem}.{secrets.token_hex(8)}{target.suffix}")
+    with temporary.open("xb") as new:
+        rights = os.fstat(new.fileno()).st_mode & 0o777  # what the umask leaves
     try:
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
-        # mkstemp made it private; a file made by open() has what the umask leaves.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        temporary.chmod(rights)  # some writers, safetensors' among them, put a private file in its place
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)

@@ -204,7 +204,7 @@ def _affine(norm: _Run, leaves: dict[str, Tensor], statistics: dict[str, Tensor]
 
 def _without_norm(layer: Layer, params: Tree, state: Tree, x: Any) -> Any:
     """A normalisation that is missing in the trees does nothing."""
-    return x if _has_statistics(layer) and not state else None
+    return x if _has_statistics(layer) and "mean" not in state else None
 
 
 def _with_packed_weight(layer: Layer, params: Tree, state: Tree, x: Any) -> Any:

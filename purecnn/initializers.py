@@ -81,7 +81,11 @@ ones: Initializer = constant(1.0)
 
 
 def normal(std: float, mean: float = 0.0) -> Initializer:
-    """The normal distribution ``N(mean, std**2)``."""
+    """The normal distribution ``N(mean, std**2)``.
+
+    Raises:
+        ValueError: unless ``std`` is positive.
+    """
     _check_std(std)
 
     def init(key: Tensor, shape: tuple[int, ...], /, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -91,7 +95,11 @@ def normal(std: float, mean: float = 0.0) -> Initializer:
 
 
 def uniform(low: float, high: float) -> Initializer:
-    """The uniform distribution on ``[low, high)``."""
+    """The uniform distribution on ``[low, high)``.
+
+    Raises:
+        ValueError: if ``low`` exceeds ``high``.
+    """
     if not low <= high:
         raise ValueError(f"low must not exceed high, got {low} and {high}")
 
@@ -107,6 +115,9 @@ def truncated_normal(std: float, mean: float = 0.0, lower: float = -2.0, upper: 
     The bounds are values, not multiples of ``std``, as in ``torch.nn.init.trunc_normal_(std=std, a=lower, b=upper)``:
     with a small ``std`` the default bounds cut nothing off. GoogLeNet in torchvision is
     ``truncated_normal(0.01)``; multiples of ``std`` are ``truncated_normal(std, lower=-2 * std, upper=2 * std)``.
+
+    Raises:
+        ValueError: unless ``std`` is positive and ``lower < upper``.
     """
     _check_std(std)
     if not lower < upper:
@@ -129,6 +140,9 @@ def variance_scaling(scale: float, mode: Mode, distribution: Distribution) -> In
     standard deviation :math:`\sigma`.
 
     The distributions are those of ``jax.nn.initializers.variance_scaling``.
+
+    Raises:
+        ValueError: unless ``scale`` is positive and the other two are among those above.
 
     >>> w = variance_scaling(1.0, "fan_in", "uniform")(random.key(0), (64, 300))
     >>> bool(w.abs().max() <= 0.1)
@@ -213,6 +227,9 @@ def fan_in_uniform(fan_in: int | None = None) -> Initializer:
 
     Args:
         fan_in: the fan-in of the layer; None takes it from the shape, which must then be a weight's.
+
+    Raises:
+        ValueError: if ``fan_in`` is less than 1.
 
     >>> weight = fan_in_uniform()(random.key(0), (64, 16, 3, 3))
     >>> bias = fan_in_uniform(fan_in=16 * 3 * 3)(random.key(1), (64,))

@@ -57,6 +57,9 @@ def empirical_ntk(
     Returns:
         (n, m, classes, classes).
 
+    Raises:
+        ValueError: if ``method`` is none of these.
+
     >>> linear = lambda params, images: images.flatten(1) @ params["weight"].T
     >>> empirical_ntk(linear, {"weight": torch.zeros(2, 1)}, torch.tensor([2.0, 3.0]).reshape(2, 1, 1, 1))[0, 1]
     tensor([[6., 0.],

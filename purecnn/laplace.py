@@ -85,6 +85,11 @@ def laplace(
 def predictive(network: Network, posterior: Posterior, images: Tensor) -> tuple[Tensor, Tensor]:
     """The normal distribution of the outputs, with the network made linear around the mean.
 
+    Args:
+        network: the one that the posterior was made with.
+        posterior: of `laplace`.
+        images: (batch, channels, height, width).
+
     Returns:
         Means (batch, outputs), and covariances ``J precision^-1 J^T`` (batch, outputs, outputs); the noise of a
         regression is not in them.
@@ -115,6 +120,14 @@ def probit(mean: Tensor, covariance: Tensor) -> Tensor:
 
 def sample(posterior: Posterior, key: Tensor, count: int) -> Tree:
     """Draw parameters: a tree of stacked leaves, for ``vmap(network, (0, None))``.
+
+    Args:
+        posterior: of `laplace`.
+        key: of the draws.
+        count: how many.
+
+    Returns:
+        The tree of the posterior's mean with a first axis, (count, ...), on each leaf.
 
     >>> posterior = Posterior({"w": torch.zeros(2)}, torch.zeros(2, 2), torch.tensor(0.0), prior_precision=100.0)
     >>> sample(posterior, random.key(0), 3)["w"].shape

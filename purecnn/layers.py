@@ -161,8 +161,8 @@ def conv(
         features: output channels.
         kernel: height and width of the kernel, pixels.
         stride: step of the kernel, pixels.
-        padding: zeros on each side, pixels; by default ``(kernel - 1) // 2``, which keeps the size of an
-            image at stride 1.
+        padding: zeros on each side, pixels; by default ``(kernel - 1) // 2``, which at stride 1 keeps the size of an
+            image if the kernel is odd; an even one makes it a pixel smaller.
         groups: channels are convolved in this many separate groups.
         bias: add a number to each output channel.
         init: of the weight ``(features, c / groups, *kernel)``; by default uniform on ``+-1 / sqrt(fan_in)``.
@@ -191,7 +191,14 @@ def linear(
     init: Initializer | None = None,
     bias_init: Initializer | float | None = None,
 ) -> Layer:
-    """Affine map along the last axis, ``(b, ..., c) -> (b, ..., features)``; initialised as `conv` is."""
+    """Affine map along the last axis, ``(b, ..., c) -> (b, ..., features)``.
+
+    Args:
+        features: outputs.
+        bias: add a number to each output.
+        init: of the weight ``(features, c)``; by default uniform on ``+-1 / sqrt(c)``.
+        bias_init: likewise, of the bias ``(features,)``.
+    """
     draw = init or initializers.fan_in_uniform()
 
     def leaves(x: Tensor) -> Leaves:
@@ -407,6 +414,9 @@ def dropout(rate: float) -> Layer:
     """Zero each value with probability ``rate`` in training, and scale the others by ``1 / (1 - rate)``.
 
     Srivastava et al. 2014, JMLR 15:1929. The mask is drawn from the run's key and the layer's path.
+
+    Raises:
+        ValueError: unless ``rate`` is at least 0 and below 1.
     """
     return _noise(rate, tuple)
 
@@ -421,6 +431,9 @@ def stochastic_depth(layer: Layer, rate: float, mode: Literal["row", "batch"] = 
         layer: the branch.
         rate: probability of dropping it.
         mode: draw for each image of the batch, or once for all.
+
+    Raises:
+        ValueError: unless ``rate`` is at least 0 and below 1, and ``mode`` one of these.
     """
     if mode not in ("row", "batch"):
         raise ValueError(f"mode is 'row' or 'batch', found {mode!r}")
@@ -428,7 +441,14 @@ def stochastic_depth(layer: Layer, rate: float, mode: Literal["row", "batch"] = 
 
 
 def max_pool(kernel: int, stride: int, padding: int = 0, *, ceil_mode: bool = False) -> Layer:
-    """The largest value in each window; ``ceil_mode`` lets the last window reach over the border."""
+    """The largest value in each window, ``(b, c, h, w) -> (b, c, h', w')``.
+
+    Args:
+        kernel: side of the window, pixels.
+        stride: from one window to the next, pixels.
+        padding: pixels on each side that no window takes for the largest; at most half of the kernel.
+        ceil_mode: let the last window reach over the border, rather than leave out pixels.
+    """
 
     def pool(x: Tensor) -> Tensor:
         if kernel < 3 or not x.is_cpu or is_mapped() or not x.is_contiguous():
@@ -446,7 +466,13 @@ def max_pool(kernel: int, stride: int, padding: int = 0, *, ceil_mode: bool = Fa
 
 
 def avg_pool(kernel: int, stride: int, padding: int = 0) -> Layer:
-    """The mean of each window; zeros of the padding count."""
+    """The mean of each window, ``(b, c, h, w) -> (b, c, h', w')``.
+
+    Args:
+        kernel: side of the window, pixels.
+        stride: from one window to the next, pixels.
+        padding: zeros on each side, pixels, which count; at most half of the kernel.
+    """
     return stateless(lambda x: F.avg_pool2d(x, kernel, stride, padding))
 
 

@@ -39,6 +39,9 @@ def lars(
         decay: whether a parameter is pulled *and* its rate adapted, by its path; by default all are. With large batches
             it is custom to leave out biases and normalisation. The ratio of the others is 1.
         scale: as in `sgd`.
+
+    Raises:
+        ValueError: if a number is out of range.
     """
     check_share(momentum=momentum)
     check_positive(trust=trust)
@@ -91,6 +94,9 @@ def lamb(
         beta2: memory of its square.
         eps: keeps the division finite.
         weight_decay, decay, scale: as in `lars`.
+
+    Raises:
+        ValueError: if a number is out of range.
     """
     check_share(beta1=beta1, beta2=beta2)
     check_positive(eps=eps)
@@ -161,6 +167,9 @@ def muon(
         hidden: which of the matrices and kernels are made orthogonal, by their paths; by default all. Jordan leaves out
             the first layer and the head.
         others: for all other parameters; by default `adamw` with the same learning rate, decay and scale.
+
+    Raises:
+        ValueError: if a number is out of range, or ``adjust`` is neither.
 
     >>> optimizer = muon(1e-3, hidden=lambda path: path.startswith("stage"))
     >>> params = {"stage1": {"weight": torch.ones(4, 2, 3, 3), "bias": torch.ones(4)}, "head": torch.ones(5, 4)}

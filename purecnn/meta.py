@@ -124,6 +124,9 @@ def learned_rates(params: Tree, value: float, *, per: Literal["leaf", "parameter
         per: one scalar for each ``"leaf"``, as in Antoniou et al. 2018, arXiv:1810.09502, section 4; or one for each
             ``"parameter"``, as in Meta-SGD.
 
+    Raises:
+        ValueError: if ``per`` is neither.
+
     >>> learned_rates({"head": {"weight": torch.ones(2, 3)}}, 0.5)
     {'head': {'weight': tensor(0.5000)}}
     """

@@ -54,6 +54,14 @@ class Model:
     ) -> "Model":
         """A model from a layer of one's own, for all that takes a model; it is not in the table.
 
+        Args:
+            layer: from images ``(batch, in_channels, height, width)`` to logits ``(batch, num_classes)``.
+            num_classes: how many logits it gives; the layer is not asked.
+            in_channels: channels of the images.
+            image_size: side, in pixels, of the images that the shapes of the parameters are worked out for.
+            name: what errors call it.
+            loss: from logits and labels to a scalar; by default cross-entropy.
+
         >>> import purecnn
         >>> from purecnn.layers import conv, global_avg_pool, linear, relu
         >>> layer = purecnn.serial(stem=conv(8, 3), relu=relu, head=purecnn.serial(global_avg_pool, linear=linear(10)))
@@ -169,6 +177,18 @@ class Model:
 
 def replace_head(model: Model, params: Tree, state: Tree, num_classes: int, key: Tensor) -> tuple[Model, Tree, Tree]:
     """The network with freshly drawn heads for another number of classes; all else is kept.
+
+    Args:
+        model: one of the table's, as `create` gives it.
+        params, state: its trees; they are not changed.
+        num_classes: of the new heads: ``head``, and auxiliary ones.
+        key: of their initial values.
+
+    Returns:
+        The model of that many classes, its parameters and its running statistics; what is kept is not copied.
+
+    Raises:
+        UnknownModelError: if the model is not in the table, so that it could not be built again.
 
     >>> import purecnn
     >>> model = purecnn.create("squeezenet1_1")

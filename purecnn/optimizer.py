@@ -117,6 +117,14 @@ def partitioned(choose: Callable[[str, Tensor], bool], chosen: Optimizer, others
 
     The learning rate that it reports is that of ``chosen``; one that is given to ``update`` is for both.
 
+    Args:
+        choose: asked for each parameter, with its path; it may look at shape and type, not at values.
+        chosen: updates what is chosen.
+        others: updates all else.
+
+    Raises:
+        ValueError: from ``update``, if the gradients have other names than the parameters.
+
     >>> from purecnn.optimizers import adamw, sgd
     >>> optimizer = partitioned(lambda path, parameter: path.startswith("head."), adamw(1e-3), sgd(1e-2))
     >>> optimizer.init({"stem": {"weight": torch.zeros(3)}, "head": {"weight": torch.zeros(2)}})["chosen"]["mean"]

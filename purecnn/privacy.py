@@ -49,7 +49,7 @@ def make_private_step(
     """The private training step ``(train_state, batch, key) -> (train_state, metrics)``, a pure function.
 
     It has the protocol of `purecnn.training.make_step`, and with ``noise=0``, ``clip=math.inf`` and batches of the
-    expected size it makes the same steps.
+    expected size it makes the same steps, unless the network draws: masks of dropout come from other keys.
 
     Args:
         model: the network; without batch normalisation, or with ``statistics="running"``.
@@ -147,6 +147,9 @@ def poisson_sample(key: Tensor, count: int, rate: float) -> Tensor:
         key: another one for each batch.
         count: of all images.
         rate: probability of each.
+
+    Raises:
+        ValueError: if ``rate`` is no probability.
 
     >>> poisson_sample(random.key(0), 10, 0.5)
     tensor([2, 3, 5, 6, 9])

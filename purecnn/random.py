@@ -65,6 +65,10 @@ def key(seed: int, device: torch.device | str | None = None) -> Tensor:
     Returns:
         A key: int64, shape ``(2,)``.
 
+    Raises:
+        TypeError: ``seed`` is no int.
+        ValueError: it is out of range.
+
     >>> key(42)
     tensor([ 0, 42])
     """
@@ -95,6 +99,10 @@ def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
     Returns:
         A key for every element of ``data``: int64, shape ``(*data.shape, 2)``, so ``(2,)`` for an int.
         Many keys at once cost about as much as one.
+
+    Raises:
+        TypeError: ``key`` or ``data`` is of the wrong type.
+        ValueError: ``key`` has the wrong shape, or ``data`` is an int out of range.
 
     >>> fold_in(key(42), 7)
     tensor([2547012911, 1371500959])

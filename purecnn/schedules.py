@@ -40,6 +40,14 @@ def constant(value: float) -> Schedule:
 def step_decay(initial: float, every: int, factor: float = 0.1) -> Schedule:
     """``initial * factor ** (step // every)``: ResNet's recipe (arXiv:1512.03385, section 3.4).
 
+    Args:
+        initial: the first learning rate.
+        every: steps from one change to the next.
+        factor: of each change.
+
+    Raises:
+        ValueError: if ``every`` is less than 1.
+
     >>> schedule = step_decay(1.0, every=30, factor=0.5)
     >>> [float(schedule(torch.tensor(step))) for step in (0, 29, 30, 60)]
     [1.0, 1.0, 0.5, 0.25]
@@ -50,6 +58,10 @@ def step_decay(initial: float, every: int, factor: float = 0.1) -> Schedule:
 
 def piecewise(initial: float, factors: Mapping[int, float]) -> Schedule:
     """``initial``, and from each of some steps on another share of it.
+
+    Args:
+        initial: the first learning rate.
+        factors: from the number of a step to the share of ``initial`` from there on, not of the rate before.
 
     >>> schedule = piecewise(1.0, {50: 0.1, 75: 0.01})
     >>> [round(float(schedule(torch.tensor(step))), 3) for step in (0, 49, 50, 75, 100)]
@@ -68,6 +80,14 @@ def piecewise(initial: float, factors: Mapping[int, float]) -> Schedule:
 def cosine(initial: float, steps: int, final: float = 0.0) -> Schedule:
     """Half a cosine from ``initial`` at step 0 to ``final`` at ``steps`` and after (arXiv:1608.03983, equation 5).
 
+    Args:
+        initial: the first learning rate.
+        steps: how many updates the fall takes.
+        final: the last learning rate.
+
+    Raises:
+        ValueError: if ``steps`` is less than 1.
+
     >>> schedule = cosine(1.0, 100)
     >>> [round(float(schedule(torch.tensor(step))), 3) for step in (0, 50, 100, 150)]
     [1.0, 0.5, 0.0, 0.0]
@@ -84,6 +104,13 @@ def one_cycle(
     It starts at ``peak / start_divisor``, peaks at ``warm * steps - 1``, and is ``peak / start_divisor /
     final_divisor`` at the last step, number ``steps - 1``, and after. The values are those of
     ``torch.optim.lr_scheduler.OneCycleLR``; the momentum does not move.
+
+    Args:
+        peak: the largest learning rate.
+        steps: updates of the whole cycle.
+        warm: share of them in which the rate rises.
+        start_divisor: ``peak`` over the first rate.
+        final_divisor: the first rate over the last one.
 
     Raises:
         ValueError: unless ``0 < warm < 1`` and the rise and the fall both take some time.
@@ -106,6 +133,14 @@ def warmup(steps: int, then: float | Schedule, start: float = 0.0) -> Schedule:
     """Rise in a straight line for ``steps`` steps, from ``start`` to where ``then`` begins; then follow ``then``.
 
     ``then`` counts from the end of the rise (Goyal et al., arXiv:1706.02677, section 2.2).
+
+    Args:
+        steps: updates of the rise.
+        then: the schedule after it, or a learning rate.
+        start: the first learning rate.
+
+    Raises:
+        ValueError: if ``steps`` is less than 1.
 
     >>> schedule = warmup(4, step_decay(1.0, every=10), start=0.2)
     >>> [round(float(schedule(torch.tensor(step))), 3) for step in (0, 2, 4, 13, 14)]

@@ -74,6 +74,9 @@ def map(function: Callable[..., Any], tree: Mapping[str, Any], *others: Mapping[
     for name, child in tree.items():
         same = [other[name] for other in others]
         inner = type(child) is not Tensor and isinstance(child, _TREES)
+        for other in same:
+            if (type(other) is not Tensor and isinstance(other, _TREES)) != inner:
+                raise ValueError(f"the trees differ: {name!r} is a leaf in one and a tree in another")
         mapped[name] = map(function, child, *same) if inner else function(child, *same)
     return mapped
 

@@ -367,6 +367,12 @@ def test_map_of_different_trees(a: Tree, b: Tree) -> None:
         tree.map(lambda x, y: x, a, b)
 
 
+@pytest.mark.parametrize("pair", [({"a": 1}, {"a": {"b": 1}}), ({"a": {"b": 1}}, {"a": torch.zeros(1)})])
+def test_map_of_a_leaf_and_a_tree(pair: tuple[Tree, Tree]) -> None:
+    with pytest.raises(ValueError, match="'a' is a leaf in one and a tree in another"):
+        tree.map(lambda x, y: x, *pair)
+
+
 @given(st.lists(kinds, max_size=4))
 def test_size_counts_numbers(kinds: list[str]) -> None:
     params, _ = init(serial(*sequence(kinds)))

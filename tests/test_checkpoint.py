@@ -1,6 +1,7 @@
 """Checkpoints and files of tensors: what is saved comes back, and bad files are refused by name."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -96,10 +97,41 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     assert [file.name for file in tmp_path.iterdir()] == ["x.safetensors"]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="rights are POSIX's")
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_rights_are_those_of_the_umask(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a change of it, which other threads would see."""
+    before = os.umask(0o027)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "umask", None)
+        try:
+            files.write(tmp_path / f"x{suffix}", {"x": torch.zeros(1)})
+        finally:
+            patched.undo()
+            os.umask(before)
+    assert (tmp_path / f"x{suffix}").stat().st_mode & 0o777 == 0o640
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 def test_trees_of_another_model_are_not_saved(tmp_path: Path) -> None:
     params, state = purecnn.create("lenet5", num_classes=3).init(random.key(0))
     with pytest.raises(ConversionError, match=r"head\.linear\.weight .*expected \(10, 84\), found \(3, 84\)"):
         checkpoint.save(tmp_path / "x.safetensors", purecnn.create("lenet5"), params, state)
+    assert not any(tmp_path.iterdir())
+
+
+def test_names_are_as_many_as_the_classes(tmp_path: Path) -> None:
+    model = purecnn.create("lenet5", num_classes=3)
+    with pytest.raises(ConversionError, match="lenet5 has 3 classes, and there are 2 names"):
+        checkpoint.save(tmp_path / "x.safetensors", model, *model.init(random.key(0)), classes=["a", "b"])
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_checkpoint_is_no_state_dict_of_torch(tmp_path: Path) -> None:
+    """A .pth file would lose the metadata, and could not be loaded again."""
+    model = purecnn.create("lenet5")
+    with pytest.raises(files.FileError, match=r"x\.pth should end in \.safetensors"):
+        checkpoint.save(tmp_path / "x.pth", model, *model.init(random.key(0)))
     assert not any(tmp_path.iterdir())
 
 

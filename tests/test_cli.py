@@ -84,6 +84,15 @@ def test_train_evaluate_predict(folder: Path) -> None:
     assert len(answer[0]["answers"]) == 5
     assert Path(answer[0]["picture"]).read_bytes().startswith(b"\x89PNG")
 
+    # Pictures of one name in different folders do not overwrite each other's answers.
+    for place in ("a/x.png", "b/x.png", "c/x-2.png"):
+        Path(place).parent.mkdir()
+        Path(place).write_bytes(Path("run/example.png").read_bytes())
+    words = ("predict", "a/x.png", "b/x.png", "c/x-2.png", "--from", "run/checkpoint.safetensors", "--json")
+    found = [Path(answer["picture"]).name for answer in json.loads(call(*words).stdout)]
+    assert found == ["x-prediction.png", "x-2-prediction.png", "x-2-2-prediction.png"]
+    assert {path.name for path in Path("predictions").iterdir()} == {*found, "example-prediction.png"}
+
     again = json.loads((folder / "run" / "config.json").read_text())["command"].split()
     assert call(*again[1:], "--out", "again").exit_code == 0
     first, second = (files.read(folder / run / "checkpoint.safetensors") for run in ("run", "again"))
@@ -208,6 +217,10 @@ def test_verify_notices_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
         (["train", "lenet5", "--data", "digts"], "digits"),
         (["train", "lenet5", "--epochs", "0"], "--epochs"),
         (["train", "lenet5", "--bogus"], "--bogus"),
+        (["train", "lenet5", "--mixup", "0"], "0.0 should be greater than 0"),
+        (["train", "lenet5", "--cutmix", "0"], "'--cutmix'"),
+        (["train", "lenet5", "--average", "0"], "0.0 should be between 0 and 1"),
+        (["train", "lenet5", "--average", "1"], "'--average'"),
         (["train", "lenet5", "--device", "abacus"], "abacus"),
         (["train", "lenet5", "--device", "meta"], "meta"),
         (["evaluate", "none.safetensors"], "none.safetensors does not exist"),
@@ -244,9 +257,11 @@ def test_failures(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch:
         (["train", "resnet18", "--data", "digits", "--image-size", "8", "--lr", "1e30", "--epochs", "1"], "loss is"),
         (["train", "squeezenet1_1", "--data", "digits", "--image-size", "8"], "in layer"),
         (["predict", "text.png", "--from", "good.safetensors"], "how its images are prepared"),
+        (["convert", "good.safetensors", "out.pth"], "out.pth should end in .safetensors"),
     ]:
         code, error = fails(capsys, monkeypatch, *words)
         assert (code, message in error) == (1, True), f"{words}: {error}"
+    assert not Path("out.pth").exists()
 
 
 def test_a_batch_of_one_picture_is_refused_at_once_where_a_network_cannot_have_it(

@@ -453,6 +453,9 @@ def test_unknown_weights_show_the_known_ones() -> None:
         tv.weights_entry(model, "V3")
     with pytest.raises(ConversionError, match="no weights 'V3'"):
         tv.pretrained(model, "V3")
+    other = tv.weights_entry(purecnn.create("squeezenet1_1"))
+    with pytest.raises(ConversionError, match=r"SqueezeNet1_1_Weights.IMAGENET1K_V1 are not weights of resnet50"):
+        tv.pretrained(model, other)
 
 
 @pytest.mark.parametrize("name", PEERS)

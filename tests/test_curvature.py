@@ -206,6 +206,8 @@ def test_trace_is_within_its_error() -> None:
     assert (mean - exact).abs() < 3 * error
     assert error < 0.3 * exact.abs()
     assert hutchinson_trace(lambda v: v, PARAMS, random.key(5), 1).standard_error.isnan()
+    with pytest.raises(ValueError, match="at least one product, found 0"):
+        hutchinson_trace(lambda v: v, PARAMS, random.key(5), 0)
 
 
 def test_the_mean_of_all_signs_is_the_trace() -> None:

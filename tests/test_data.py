@@ -407,5 +407,10 @@ def test_batches_that_cannot_be() -> None:
     for wrong in ({"batch_size": 0}, {"batch_size": 4, "workers": -1}, {"batch_size": 4, "drop_last": True}):
         with pytest.raises(data.DataError):
             data.batches(examples, v2.PILToTensor(), **wrong)  # type: ignore[arg-type]
+    for size in (0, -1):
+        with pytest.raises(data.DataError, match=f"batch_size must be at least 1, not {size}"):
+            data.resident(examples, size, preprocessing=data.Preprocessing())
+    with pytest.raises(data.DataError, match="0 pictures make no batch of 4"):
+        data.resident([], 4, preprocessing=data.Preprocessing())
     with pytest.raises(data.DataError, match="0 pictures"):
         data.batches([], v2.PILToTensor(), 4)

@@ -97,6 +97,8 @@ def test_unstack_is_the_inverse_of_stack_and_copies_nothing() -> None:
 def test_stack_says_what_is_wrong() -> None:
     with pytest.raises(ValueError, match="found none"):
         stack([])
+    with pytest.raises(ValueError, match=r"\['a'\] and \[\]"):
+        stack([{"a": torch.zeros(1)}, {}])
     with pytest.raises(ValueError, match=r"\['a'\] and \['b'\]"):
         stack([{"a": torch.zeros(1)}, {"b": torch.zeros(1)}])
 

@@ -107,6 +107,11 @@ class TestOnlyWhatFollowsDirectly:
     def test_a_second_norm(self) -> None:
         assert self.left(conv=conv(4, 3), norm1=batch_norm(), norm2=batch_norm()) == 1
 
+    def test_a_norm_around_another(self) -> None:
+        """Transparent layers share a level of names: the folded one finds the other's statistics there."""
+        inner = serial(relu, norm=batch_norm())
+        assert self.left(block=serial(serial(conv=conv(8, 3)), batch_norm(), inner=inner)) == 1
+
     def test_convolution_used_twice(self) -> None:
         shared = serial(conv=conv(3, 3))
 

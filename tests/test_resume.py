@@ -219,6 +219,27 @@ def test_what_cannot_be_trained_is_known_before_anything_is_written(tmp_path: Pa
     assert not any(tmp_path.iterdir())
 
 
+def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path) -> None:
+    for name in (".00000003.0123456789abcdef.safetensors", ".tmpPmyP8I"):
+        (tmp_path / name).write_bytes(b"half of")
+    start = TrainState.start(*purecnn.create("lenet5").init(random.key(0)), adamw(1e-3))
+    states.save(tmp_path, 4, states.Standing(0, Position.start(start), ()), keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["00000004.safetensors"]
+
+
+@pytest.mark.parametrize("classes", [1, 5])
+def test_another_networks_tensors_are_refused(classes: int) -> None:
+    """Of whatever shape: one class must not spread over ten."""
+    start, other = (
+        TrainState.start(*purecnn.create("lenet5", num_classes=n).init(random.key(0)), adamw(1e-3))
+        for n in (10, classes)
+    )
+    standing = states.Standing(0, Position.start(other), ())
+    words = rf"params .*head\.linear\.weight \(expected \(10, 84\), found \({classes}, 84\)\)"
+    with pytest.raises(FileError, match=words):
+        states.like(standing, start, torch.device("cpu"))
+
+
 def test_misuse(tmp_path: Path) -> None:
     result = call(*TRAIN, "--resume")
     assert result.exit_code == 2

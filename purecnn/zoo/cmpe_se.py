@@ -12,16 +12,17 @@ variant, and the survey arXiv:1901.06032, which has 36.92 M, prints the error of
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from einops import rearrange, reduce
 from torch import Tensor
 
-from purecnn.layer import Layer, Mode, named, numbered, serial
+from purecnn.layer import Layer, Mode, named, serial
 from purecnn.layers import batch_norm, conv, global_avg_pool, identity, linear, relu, sigmoid, stateless
 from purecnn.paper import Group, Paper, Published, Variant
 from purecnn.tree import Tree
-from purecnn.zoo.preactresnet import he
+from purecnn.zoo.preactresnet import he, stages
 from purecnn.zoo.wideresnet_cifar import branch
 
 PAPER = Paper(
@@ -71,13 +72,12 @@ def competing(branch: Layer, shortcut: Layer, width: int, reduction: int) -> Lay
     return Layer(init, apply, branch.names | shortcut.names | decide.names)
 
 
-def block(inputs: int, width: int, stride: int, reduction: int, dropout: float) -> Layer:
-    """A pre-activation block; where the shape changes, the shortcut shares the first normalisation and rectifier."""
+def residual(inputs: int, width: int, stride: int, branch: Layer, reduction: int) -> Layer:
+    """`purecnn.zoo.preactresnet.residual`, with competition between branch and shortcut."""
     first = serial(norm1=batch_norm(), relu1=relu)
-    main = branch(width, stride, dropout)
     if stride == 1 and inputs == width:
-        return competing(serial(first, main), identity, width, reduction)
-    return serial(first, competing(main, named("shortcut", conv(width, 1, stride, init=he)), width, reduction))
+        return competing(serial(first, branch), identity, width, reduction)
+    return serial(first, competing(branch, named("shortcut", conv(width, 1, stride, init=he)), width, reduction))
 
 
 def cmpe_se_wideresnet_cifar(
@@ -99,18 +99,13 @@ def cmpe_se_wideresnet_cifar(
         num_classes: outputs of the head.
         dropout: rate between the two convolutions of a block.
     """
-    inputs = widths[0]
-    parts: dict[str, Layer] = {"stem": serial(conv=conv(inputs, 3, init=he))}
-    for i, (channels, depth) in enumerate(zip(widths, depths, strict=True), start=1):
-        blocks = []
-        for j in range(depth):
-            stride = 2 if i > 1 and not j else 1
-            blocks.append(block(inputs, width * channels, stride, reduction, dropout))
-            inputs = width * channels
-        parts[f"stage{i}"] = numbered(*blocks)
-    last = f"stage{len(depths)}"
-    parts[last] = serial(parts[last], norm=batch_norm(), relu=relu)
-    return serial(**parts, head=serial(global_avg_pool, linear=linear(num_classes)))
+    inputs, widths = widths[0], [width * channels for channels in widths]
+    block = partial(residual, reduction=reduction)
+    return serial(
+        stem=serial(conv=conv(inputs, 3, init=he)),
+        **stages(partial(branch, dropout=dropout), inputs, widths, depths, block),
+        head=serial(global_avg_pool, linear=linear(num_classes)),
+    )
 
 
 VARIANTS = {

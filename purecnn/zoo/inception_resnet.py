@@ -20,10 +20,9 @@ from purecnn import layers
 from purecnn.layer import Layer, add, concat, numbered, serial
 from purecnn.layers import batch_norm, conv, global_avg_pool, identity, linear, max_pool, relu, stateless
 from purecnn.paper import Published, Variant
+from purecnn.zoo.inception_v3 import COLUMN, ROW
 from purecnn.zoo.inception_v4 import (
-    COLUMN,
     PAPER,
-    ROW,
     SHORT_COLUMN,
     SHORT_ROW,
     chain,

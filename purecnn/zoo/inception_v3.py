@@ -9,6 +9,9 @@ convolution with deviation 0.01 but draws it with 0.1, as all others; so it is h
 shrinks or the auxiliary head taps: 5b-5d (35x35), 6a-6e (17x17), 7a-7c (8x8).
 """
 
+from collections.abc import Callable
+from functools import partial
+
 from purecnn import layers
 from purecnn.initializers import truncated_normal
 from purecnn.layer import Layer, concat, fork, numbered, serial
@@ -43,11 +46,21 @@ def conv_norm(width: int, kernel: Pair, stride: int = 1, padding: Pair | None = 
     return layers.conv_norm(width, kernel, stride, padding, init=truncated_normal(0.1), norm=norm)
 
 
-def chain(*widths_and_kernels: tuple[int, Pair], stride: int = 1) -> Layer:
-    """Convolutions in a row; the last one may take strides, and then has no padding."""
-    *inner, (width, kernel) = widths_and_kernels
-    last = conv_norm(width, kernel, stride, None if stride == 1 else 0)
-    return numbered(*(conv_norm(width, kernel) for width, kernel in inner), last)
+def chain(
+    *steps: tuple[int, Pair], stride: int = 1, padding: Pair | None = None, unit: Callable[..., Layer] = conv_norm
+) -> Layer:
+    """Convolutions in a row, each given by its width and kernel; stride and padding are the last one's.
+
+    Args:
+        steps: width and kernel of each convolution.
+        stride, padding: of the last one.
+        unit: ``unit(width, kernel, stride, padding)`` is a convolution with what belongs to it.
+    """
+    *inner, (width, kernel) = steps
+    return numbered(*(unit(width, kernel) for width, kernel in inner), unit(width, kernel, stride, padding))
+
+
+shrinking = partial(chain, stride=2, padding=0)
 
 
 def pool_branch(width: int) -> Layer:
@@ -69,7 +82,7 @@ def module_b() -> Layer:
     """Figure 10: from 35x35 to 17x17."""
     return concat(
         branch3=conv_norm(384, 3, 2, 0),
-        branch5=chain((64, 1), (96, 3), (96, 3), stride=2),
+        branch5=shrinking((64, 1), (96, 3), (96, 3)),
         pool=max_pool(3, 2),
     )
 
@@ -87,8 +100,8 @@ def module_c(width: int) -> Layer:
 def module_d() -> Layer:
     """From 17x17 to 8x8."""
     return concat(
-        branch3=chain((192, 1), (320, 3), stride=2),
-        branch7=chain((192, 1), (192, ROW), (192, COLUMN), (192, 3), stride=2),
+        branch3=shrinking((192, 1), (320, 3)),
+        branch7=shrinking((192, 1), (192, ROW), (192, COLUMN), (192, 3)),
         pool=max_pool(3, 2),
     )
 

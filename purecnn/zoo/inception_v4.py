@@ -11,6 +11,7 @@ TensorFlow-Slim.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch.nn.functional as F
 
@@ -19,6 +20,8 @@ from purecnn.initializers import variance_scaling, xavier_uniform
 from purecnn.layer import Layer, concat, numbered, serial
 from purecnn.layers import Pair, batch_norm, global_avg_pool, linear, max_pool, stateless
 from purecnn.paper import Group, Paper, Published, Variant
+from purecnn.zoo import inception_v3
+from purecnn.zoo.inception_v3 import COLUMN, ROW
 
 PAPER = Paper(
     "Inception-v4, Inception-ResNet and the Impact of Residual Connections on Learning",
@@ -29,7 +32,6 @@ PAPER = Paper(
     in_survey=True,
 )
 
-ROW, COLUMN = (1, 7), (7, 1)
 SHORT_ROW, SHORT_COLUMN = (1, 3), (3, 1)
 
 he = variance_scaling(2.0, "fan_in", "truncated_normal")
@@ -43,16 +45,9 @@ def conv_norm(width: int, kernel: Pair, stride: int = 1, padding: Pair | None = 
     return layers.conv_norm(width, kernel, stride, padding, init=he, norm=batch_norm(eps=1e-3))
 
 
-def chain(*widths_and_kernels: tuple[int, Pair], stride: int = 1, padding: int | None = None) -> Layer:
-    """Convolutions in a row; the last one may take strides, or have another padding."""
-    *inner, (width, kernel) = widths_and_kernels
-    last = conv_norm(width, kernel, stride, padding)
-    return numbered(*(conv_norm(width, kernel) for width, kernel in inner), last)
-
-
-def shrinking(*widths_and_kernels: tuple[int, Pair]) -> Layer:
-    """Convolutions in a row, the last one with stride 2 and without padding ("V" in the figures)."""
-    return chain(*widths_and_kernels, stride=2, padding=0)
+chain = partial(inception_v3.chain, unit=conv_norm)
+shrinking = partial(chain, stride=2, padding=0)
+"""The last convolution has no padding: "V" in the figures."""
 
 
 def pool_branch(width: int) -> Layer:

@@ -14,6 +14,7 @@ paper trains, is no part of the network.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,11 +22,13 @@ from torch import Tensor
 from purecnn import layers, tree
 from purecnn.initializers import kaiming_uniform
 from purecnn.layer import Layer, Mode, add, concat, named, numbered, serial
-from purecnn.layers import Pair, conv_norm, global_avg_pool, identity, linear, max_pool, relu
+from purecnn.layers import Pair, global_avg_pool, identity, linear, max_pool, relu
 from purecnn.paper import Group, Paper, Published, Variant
 from purecnn.tree import Tree
+from purecnn.zoo import inception_v3
 from purecnn.zoo.inception_resnet import scaled
-from purecnn.zoo.inception_v4 import COLUMN, ROW, SHORT_COLUMN, SHORT_ROW
+from purecnn.zoo.inception_v3 import COLUMN, ROW
+from purecnn.zoo.inception_v4 import SHORT_COLUMN, SHORT_ROW
 
 PAPER = Paper(
     "PolyNet: A Pursuit of Structural Diversity in Very Deep Networks",
@@ -46,17 +49,15 @@ B: Sequence[Steps] = (((128, 1), (160, ROW), (192, COLUMN)), ((192, 1),))
 C: Sequence[Steps] = (((192, 1), (224, SHORT_ROW), (256, SHORT_COLUMN)), ((192, 1),))
 
 
-def chain(steps: Steps, stride: int = 1, padding: int | None = None) -> Layer:
-    """Convolutions in a row, each normalised and rectified; stride and padding are the last one's."""
-    *inner, (width, kernel) = steps
-    last = conv_norm(width, kernel, stride, padding, init=he)
-    return numbered(*(conv_norm(width, kernel, init=he) for width, kernel in inner), last)
+conv_norm = partial(layers.conv_norm, init=he)
+chain = partial(inception_v3.chain, unit=conv_norm)
+shrinking = partial(chain, stride=2, padding=0)
 
 
 def block(branches: Sequence[Steps], width: int) -> Layer:
     """An Inception block: branches, then 1x1 without activation back to the trunk's width."""
-    ways = {f"branch{i}": chain(steps) for i, steps in enumerate(branches, start=1)}
-    return serial(concat(**ways), restore=conv_norm(width, 1, init=he, act=identity))
+    ways = {f"branch{i}": chain(*steps) for i, steps in enumerate(branches, start=1)}
+    return serial(concat(**ways), restore=conv_norm(width, 1, act=identity))
 
 
 def two_way(branches: Sequence[Steps], width: int, scale: float) -> Layer:
@@ -101,21 +102,21 @@ def poly(branches: Sequence[Steps], width: int, scale: float, order: int = 3) ->
 def stem() -> Layer:
     """To 35x35 with 384 channels; the stem of Inception v4, but for the order of some branches."""
     return serial(
-        conv1=conv_norm(32, 3, 2, 0, init=he), conv2=conv_norm(32, 3, 1, 0, init=he), conv3=conv_norm(64, 3, init=he),
-        split1=concat(pool=max_pool(3, 2), branch3=conv_norm(96, 3, 2, 0, init=he)),
+        conv1=conv_norm(32, 3, 2, 0), conv2=conv_norm(32, 3, 1, 0), conv3=conv_norm(64, 3),
+        split1=concat(pool=max_pool(3, 2), branch3=conv_norm(96, 3, 2, 0)),
         split2=concat(
-            branch3=chain([(64, 1), (96, 3)], padding=0),
-            branch9=chain([(64, 1), (64, COLUMN), (64, ROW), (96, 3)], padding=0),
+            branch3=chain((64, 1), (96, 3), padding=0),
+            branch9=chain((64, 1), (64, COLUMN), (64, ROW), (96, 3), padding=0),
         ),
-        split3=concat(pool=max_pool(3, 2), branch3=conv_norm(192, 3, 2, 0, init=he)),
+        split3=concat(pool=max_pool(3, 2), branch3=conv_norm(192, 3, 2, 0)),
     )  # fmt: skip
 
 
 def reduction_a() -> Layer:
     """From 35x35 to 17x17."""
     return concat(
-        branch5=chain([(256, 1), (256, 3), (384, 3)], 2, 0),
-        branch3=conv_norm(384, 3, 2, 0, init=he),
+        branch5=shrinking((256, 1), (256, 3), (384, 3)),
+        branch3=conv_norm(384, 3, 2, 0),
         pool=max_pool(3, 2),
     )
 
@@ -123,9 +124,9 @@ def reduction_a() -> Layer:
 def reduction_b() -> Layer:
     """From 17x17 to 8x8."""
     return concat(
-        branch5=chain([(256, 1), (256, 3), (256, 3)], 2, 0),
-        branch3a=chain([(256, 1), (256, 3)], 2, 0),
-        branch3b=chain([(256, 1), (384, 3)], 2, 0),
+        branch5=shrinking((256, 1), (256, 3), (256, 3)),
+        branch3a=shrinking((256, 1), (256, 3)),
+        branch3b=shrinking((256, 1), (384, 3)),
         pool=max_pool(3, 2),
     )
 

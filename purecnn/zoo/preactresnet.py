@@ -54,7 +54,11 @@ def bottleneck(width: int, stride: int) -> Layer:
 
 
 def stages(
-    branch: Callable[[int, int], Layer], inputs: int, widths: Sequence[int], depths: Sequence[int]
+    branch: Callable[[int, int], Layer],
+    inputs: int,
+    widths: Sequence[int],
+    depths: Sequence[int],
+    block: Callable[[int, int, int, Layer], Layer] = residual,
 ) -> dict[str, Layer]:
     """Residual blocks around ``branch(width, stride)``, and the normalisation and the rectifier after the last.
 
@@ -63,13 +67,14 @@ def stages(
         inputs: channels of the stem.
         widths: channels of each stage.
         depths: blocks of each stage.
+        block: what joins branch and shortcut, with the arguments of `residual`.
     """
     parts: dict[str, Layer] = {}
     for i, (width, depth) in enumerate(zip(widths, depths, strict=True), start=1):
         blocks = []
         for j in range(depth):
             stride = 2 if i > 1 and not j else 1
-            blocks.append(residual(inputs, width, stride, branch(width, stride)))
+            blocks.append(block(inputs, width, stride, branch(width, stride)))
             inputs = width
         parts[f"stage{i}"] = numbered(*blocks)
     return {**parts, f"stage{len(depths)}": serial(parts[f"stage{len(depths)}"], norm=batch_norm(), relu=relu)}
