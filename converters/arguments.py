@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import purecnn
 from converters import sources
@@ -56,13 +57,34 @@ def existing(path: Path) -> Path:
     return path
 
 
-def load_source(source: str, name: str | None) -> sources.Source:
-    """As `converters.sources.load`, with names checked as arguments."""
+def pictures_of(paths: list[Path]) -> list[Path]:
+    """Files that should be there, and of folders the pictures: by their endings, in order, none of folders inside."""
+    found: list[Path] = []
+    for path in paths:
+        if not path.is_dir():
+            found.append(existing(path))
+            continue
+        inside = sorted(file for file in path.iterdir() if file.suffix.lower() in IMG_EXTENSIONS and file.is_file())
+        inside = [file for file in inside if not file.name.startswith(".")]
+        if not inside:
+            raise typer.BadParameter(f"{path} holds no pictures ({', '.join(IMG_EXTENSIONS)})", param_hint="IMAGE")
+        found += inside
+    return found
+
+
+def load_source(source: str, name: str | None, *, as_stored: bool = False) -> sources.Source:
+    """As `converters.sources.load`, with names checked as arguments, and in single precision unless ``as_stored``.
+
+    A run's folder means its checkpoint.
+    """
     if name is not None:
         create(name)
-    if Path(source).suffix:
+    if Path(source).is_dir():
+        source = str(existing(Path(source, "checkpoint.safetensors")))
+    elif Path(source).suffix:
         existing(Path(source))
-    return sources.load(source, name)
+    found = sources.load(source, name)
+    return found if as_stored else found.single()
 
 
 def pick_device(name: str) -> torch.device:
@@ -70,6 +92,8 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=name).device
+        zero = torch.zeros((), device=name)
+        zero.item()  # there are devices without numbers, such as meta
+        return zero.device
     except (RuntimeError, AssertionError) as error:
         raise typer.BadParameter(str(error).partition("\n")[0], param_hint="--device") from None

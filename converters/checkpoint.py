@@ -132,7 +132,7 @@ def check(model: Model, params: Tree, state: Tree) -> None:
     """That trees have the names and shapes of a model.
 
     Raises:
-        ConversionError: that lists every difference.
+        ConversionError: that names what differs.
     """
     try:
         model.check(params, state)

@@ -38,10 +38,10 @@ from converters.arguments import (
     SkipBad,
     Workers,
     create,
-    existing,
     load_data,
     load_source,
     pick_device,
+    pictures_of,
 )
 from converters.rules import ConversionError
 from converters.screen import notes, print_json, screen, table
@@ -251,7 +251,7 @@ def evaluate(
 
 @app.command()
 def predict(
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Pictures.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Pictures, or folders of them.")],
     source: Annotated[
         str, typer.Option("--from", help="A checkpoint, a file in torchvision's names, or DEFAULT (with --model).")
     ] = "DEFAULT",
@@ -261,8 +261,7 @@ def predict(
     as_json: AsJson = False,
 ) -> None:
     """Say what is in pictures, and draw the answers beside them."""
-    for path in images:
-        existing(path)
+    images = pictures_of(images)
     found = load_source(source, model)
     if found.preprocessing is None:
         raise ConversionError(f"{source} does not say how its images are prepared; train or convert it first")
@@ -314,7 +313,7 @@ def convert(
     """Convert torchvision's weights to a checkpoint, or a checkpoint to torchvision's state_dict."""
     if target.exists():
         raise typer.BadParameter(f"{target} exists: nothing is overwritten", param_hint="TARGET")
-    found = load_source(source, model)
+    found = load_source(source, model, as_stored=True)
     if to is run.FormatName.purecnn:
         checkpoint.save(
             target,
@@ -372,7 +371,7 @@ def _matching(pattern: str) -> list[str]:
 
 @app.command()
 def explain(
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Pictures.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Pictures, or folders of them.")],
     source: Annotated[
         str, typer.Option("--from", help="A checkpoint, a file in torchvision's names, or DEFAULT (with --model).")
     ] = "DEFAULT",
@@ -384,8 +383,7 @@ def explain(
     as_json: AsJson = False,
 ) -> None:
     """Draw where a network looks: Grad-CAM, integrated gradients, SmoothGrad, input gradients."""
-    for path in images:
-        existing(path)
+    images = pictures_of(images)
     found = load_source(source, model)
     methods = list(dict.fromkeys(method or explaining.MethodName))
     results = [explaining.explain_picture(found, data.read_image(path), methods) for path in images]
@@ -393,6 +391,8 @@ def explain(
         (each.seen, f"{each.answer}: {each.probability:.1%}", {explaining.TITLES[m]: each.maps[m] for m in methods})
         for each in results
     ]
+    if out.is_dir():
+        out = out / "explanation.png"
     pictures.explanations(rows, out)
     if as_json:
         reports = [{"image": str(path), **each.to_dict()} for path, each in zip(images, results, strict=True)]

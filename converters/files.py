@@ -46,9 +46,18 @@ def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     except Exception as error:
         reason = str(error).partition("\n")[0]
         raise FileError(f"{path} is neither a .safetensors file nor a state_dict saved by torch: {reason}") from error
-    if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
-        raise FileError(f"{path} holds something else than a dictionary of tensors")
-    return found
+    if _is_state_dict(found):
+        return found
+    entries = found if isinstance(found, dict) else {}
+    inside = " and under ".join(repr(key) for key, entry in entries.items() if _is_state_dict(entry) and entry)
+    if inside:
+        raise FileError(f"{path} holds tensors under {inside}: save such an entry in a file of its own")
+    what = f"a dictionary of {', '.join(map(str, entries))}" if entries else f"a {type(found).__name__}"
+    raise FileError(f"{path} holds something else than a dictionary of tensors: {what[:200]}")
+
+
+def _is_state_dict(found: Any) -> bool:
+    return isinstance(found, dict) and all(isinstance(tensor, Tensor) for tensor in found.values())
 
 
 def write(

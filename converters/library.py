@@ -56,7 +56,7 @@ class Library:
         The trees are copies: a module that trains on does not change them.
 
         Raises:
-            ConversionError: that lists all missing, unexpected and mis-shaped keys.
+            ConversionError: that names missing, unexpected and mis-shaped keys.
         """
         params, state = self.adopt(model, state_dict)
         return tree.map(torch.clone, params), tree.map(torch.clone, state)
@@ -89,7 +89,7 @@ class Library:
         shapes, expected = ({key: t.shape for key, t in part.items()} for part in (tensors, template))
         if shapes != expected:
             other = sorted(key for key in shapes | expected if shapes.get(key) != expected.get(key))
-            raise ConversionError(f"{self.name}'s {model.name} cannot have these settings: {', '.join(other)} differ")
+            raise ConversionError(f"{self.name}'s {model.name} cannot have these settings: {tree.some(other)} differ")
         result = OrderedDict((key, tensors[key]) for key in template)
         result._metadata = template._metadata  # type: ignore[attr-defined]
         return result

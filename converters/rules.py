@@ -7,7 +7,7 @@ that a rule reads from left to right and from right to left. Here the left side 
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from purecnn.tree import Tree
 
 
 class ConversionError(ValueError):
-    """Weights and a model do not belong together; the message lists every difference."""
+    """Weights and a model do not belong together; the message names the differences, of many the first."""
 
 
 _FIELD = re.compile(r"\{(\w+)(?:\+(\d+))?\}")
@@ -135,8 +135,9 @@ def to_trees(model: Model, rules: Rules, tensors: Mapping[str, Tensor]) -> tuple
     batch counters; there, as in PyTorch itself, they are zero.
 
     Raises:
-        ConversionError: that lists all missing, unexpected and mis-shaped keys.
+        ConversionError: that names missing, unexpected and mis-shaped keys.
     """
+    names = list(tensors)
     params, state = leaves(model, rules)
     if not any(key.endswith(".num_batches_tracked") for key in tensors):
         zeros = {leaf.key: torch.zeros((), dtype=torch.int64) for leaf in state if leaf.path.endswith(".count")}
@@ -149,8 +150,13 @@ def to_trees(model: Model, rules: Rules, tensors: Mapping[str, Tensor]) -> tuple
         for key, meta in expected.items()
         if key in tensors and not _fits(tensors[key], meta)
     ]
+    if prefix := _wrapped(names, expected):
+        raise ConversionError(
+            f"all names begin with {prefix!r}, put there by a wrapper such as DataParallel or torch.compile: "
+            f"save {{key.removeprefix({prefix!r}): tensor for key, tensor in state_dict.items()}}"
+        )
     complaints = [
-        f"{len(keys)} {what}: {', '.join(keys)}"
+        f"{len(keys)} {what}: {tree.some(keys)}"
         for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", other))
         if keys
     ]
@@ -158,6 +164,13 @@ def to_trees(model: Model, rules: Rules, tensors: Mapping[str, Tensor]) -> tuple
         raise ConversionError(f"the weights are not those of {model.name}; {'; '.join(complaints)}")
     first, second = (tree.unflatten({leaf.path: tensors[leaf.key] for leaf in part}) for part in (params, state))
     return first, second
+
+
+def _wrapped(names: Sequence[str], expected: Collection[str]) -> str | None:
+    """What all names begin with, where expected ones come after it."""
+    beginnings = [name[: dot.end()] for name in names[:1] for dot in re.finditer(r"\.", name)]
+    shared = [each for each in beginnings if all(name.startswith(each) for name in names)]
+    return next((each for each in shared if any(name.removeprefix(each) in expected for name in names)), None)
 
 
 def _fits(tensor: Tensor, meta: Tensor) -> bool:
@@ -180,6 +193,6 @@ def to_tensors(model: Model, rules: Rules, params: Tree, state: Tree) -> dict[st
         wrong = {leaf.path for leaf in part} ^ found.keys()
         wrong |= {leaf.path for leaf in part if leaf.path in found and not _fits(found[leaf.path], leaf.meta)}
         if wrong:
-            raise ConversionError(f"the trees are not those of {model.name}: they differ in {', '.join(sorted(wrong))}")
+            raise ConversionError(f"the trees are not those of {model.name}: they differ in {tree.some(sorted(wrong))}")
         tensors |= {leaf.key: found[leaf.path] for leaf in part}
     return tensors

@@ -15,7 +15,7 @@ import json
 import math
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -88,13 +88,27 @@ def check_classes(source: Source, dataset: DataSet) -> None:
         )
 
 
-def _some(names: tuple[str, ...] | None) -> str:
+def _some(names: Sequence[str] | None) -> str:
     return ", ".join((names or ())[:5]) + (", ..." if len(names or ()) > 5 else "")
+
+
+def _shown(value: int | list[str]) -> str:
+    return f"{value} pictures" if isinstance(value, int) else _some(value)
 
 
 def to(device: torch.device, params: Tree) -> Tree:
     """A tree on a device."""
     return tree.map(lambda leaf: leaf.to(device), params)
+
+
+def holds_no_progress(folder: Path) -> bool:
+    """Whether a folder holds no more than what a run writes before it makes progress, so that it may be begun anew."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if not names:
+        return True
+    early = {"config.json", "example.png", "events", "states"}
+    ours = names <= early and "config.json" in names and '"purecnn train' in (folder / "config.json").read_text()
+    return ours and states.is_empty(folder / "states")
 
 
 def check_resumable(options: Options, folder: Path) -> None:
@@ -112,6 +126,27 @@ def check_resumable(options: Options, folder: Path) -> None:
     if different:
         words = ", ".join(f"{name} was {before.get(name)} and is {now[name]}" for name in different)
         raise RunError(f"the run in {folder} was begun with other options: {words}")
+
+
+def check_same_data(dataset: DataSet, folder: Path) -> None:
+    """That the run in a folder was begun with the same pictures: their order is a function of how many there are.
+
+    Raises:
+        RunError: that says what was and what is.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        return
+    before, now = json.loads(path.read_text())["data"], json.loads(json.dumps(_data(dataset)))
+    different = [name for name in ("classes", "train", "test") if before[name] != now[name]]
+    words = [f"{name} was {_shown(before[name])} and is {_shown(now[name])}" for name in different]
+    if not words and before.get("digest", now["digest"]) != now["digest"]:
+        words = ["names, order or classes of the pictures have changed"]
+    if words:
+        raise RunError(
+            f"the run in {folder} was begun with other data: {'; '.join(words)}. Bring the pictures back, or begin "
+            f"anew in another folder"
+        )
 
 
 class Outcome(NamedTuple):
@@ -154,6 +189,7 @@ def train(
         events: write the rows for TensorBoard, too, into ``events/``.
 
     Raises:
+        RunError: if the folder's run was begun with other data.
         ModuleNotFoundError: if there are to be events, and no ``tensorboard`` is installed.
         DivergedError: if the loss is no longer a number; the folder keeps what came before.
     """
@@ -198,7 +234,12 @@ class _Run:
         self.writes = distributed.rank() == 0
         self.events = _events(folder / "events") if events and self.writes else None
         self.written = time.monotonic()
+        for phase in self.phases:  # what cannot be is to fail before anything is written
+            training.make_step(self.model, phase.optimizer, **self._settings(phase))
+        self._check_single_pictures()
         found = distributed.from_first(states.load(folder / "states") if self.writes else None)
+        if found:
+            check_same_data(dataset, folder)
         self.rows: list[dict[str, Any]] = list(found.rows) if found else []
         self.standing = found or Standing(0, self._begin(self.phases[0]), ())
         if found:
@@ -209,6 +250,36 @@ class _Run:
             _write_config(folder, options, self.model, dataset, self.prepare)
             with replacing(folder / "example.png") as file:
                 dataset.test[0][0].save(file, format="PNG")
+
+    def _check_single_pictures(self) -> None:
+        """That the network can be trained on one picture, if a step has no more: some have no variance then."""
+        size, count, parts = self.options.batch_size, len(self.dataset.train), distributed.world_size()
+        batches = min(size, count), count % size or size
+        fewest = min(len(torch.empty(batch // parts or batch).chunk(self.options.accumulate)[-1]) for batch in batches)
+        if fewest > 1 or all(phase.trainable is not None for phase in self.phases):
+            return
+        side = self.model.image_size
+        picture = torch.empty(1, self.model.in_channels, side, side, device="meta")
+        try:
+            self.model.apply(*self.model.spec(), picture, train=True, key=self.key.to("meta"))
+        except (RuntimeError, ValueError) as error:
+            error.add_note(f"of {count} pictures a step gets a single one: choose another --batch-size than {size}")
+            raise
+
+    def _settings(self, phase: Phase) -> dict[str, Any]:
+        """Of a phase's steps."""
+        options = self.options
+        whole = phase.trainable is None
+        return {
+            "trainable": phase.trainable,
+            "policy": options.policy,
+            "average": options.average,
+            "label_smoothing": options.label_smoothing,
+            "statistics": ("global" if options.synchronize else "batch") if whole else "running",
+            "accumulate": options.accumulate,
+            "remat": options.remat,
+            "compile": options.compile,
+        }
 
     def _begin(self, phase: Phase) -> training.Position:
         train_state = training.TrainState.start(
@@ -263,7 +334,6 @@ class _Run:
             self.hooks.on_epoch(self.rows[-1])
 
         history = list(position.history)
-        whole = phase.trainable is None
         try:
             fitted = training.fit(
                 self.model,
@@ -273,17 +343,10 @@ class _Run:
                 epochs=phase.epochs,
                 key=random.fold_in(self.key, before),
                 position=position,
-                trainable=phase.trainable,
-                policy=options.policy,
-                average=options.average,
                 on_step=step_done,
                 on_epoch=epoch_done,
-                label_smoothing=options.label_smoothing,
-                statistics=("global" if options.synchronize else "batch") if whole else "running",
-                accumulate=options.accumulate,
-                remat=options.remat,
-                compile=options.compile,
                 capture=options.capture,
+                **self._settings(phase),
             )
         finally:
             if self.rows and self.writes:
@@ -363,13 +426,7 @@ def _write_config(folder: Path, options: Options, model: Model, dataset: DataSet
         "settings": dict(model.settings),
         "preprocessing": prepare.to_dict(),
         "augmentation": asdict(dataset.augmentation),
-        "data": {
-            "name": dataset.name,
-            "classes": dataset.classes,
-            "train": len(dataset.train),
-            "test": len(dataset.test),
-            "skipped": [str(path) for path in dataset.skipped],
-        },
+        "data": _data(dataset),
         "versions": {
             "purecnn": purecnn.__version__,
             "torch": torch.__version__,
@@ -379,6 +436,17 @@ def _write_config(folder: Path, options: Options, model: Model, dataset: DataSet
     }
     with replacing(folder / "config.json") as file:
         file.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _data(dataset: DataSet) -> dict[str, Any]:
+    return {
+        "name": dataset.name,
+        "classes": dataset.classes,
+        "train": len(dataset.train),
+        "test": len(dataset.test),
+        "digest": dataset.digest,
+        "skipped": [str(path) for path in dataset.skipped],
+    }
 
 
 def _write_metrics(path: Path, rows: list[dict[str, Any]]) -> None:

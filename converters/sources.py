@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import purecnn
 from converters import checkpoint, files
 from converters import torchvision as tv
 from converters.rules import ConversionError
-from purecnn import Model
+from purecnn import Model, tree
 from purecnn.data import Preprocessing
 from purecnn.tree import Tree
 
@@ -29,6 +29,14 @@ class Source:
     classes: tuple[str, ...] | None
     origin: Mapping[str, Any] | None
     """Of published weights, where they are from and how accurate they are."""
+
+    def single(self) -> "Source":
+        """The same in single precision, as pictures are prepared; integers stay."""
+        params, state = (
+            tree.map(lambda leaf: leaf.float() if leaf.is_floating_point() else leaf, part)
+            for part in (self.params, self.state)
+        )
+        return replace(self, params=params, state=state)
 
 
 def load(source: str | os.PathLike[str], name: str | None = None) -> Source:

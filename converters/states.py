@@ -59,9 +59,11 @@ def save(folder: Path, number: int, standing: Standing, keep: int) -> None:
             }
         ),
     }
-    write(folder / f"{number:08}.safetensors", tree.flatten(trees), metadata)
+    written = folder / f"{number:08}.safetensors"
+    write(written, tree.flatten(trees), metadata)
+    others = [path for path in _files(folder) if path != written]  # the last by name may be another run's
     # safetensors writes into a file of its own first, .tmp and some letters.
-    for old in (*_files(folder)[:-keep], *folder.glob(".[0-9]*.safetensors"), *folder.glob(".tmp*")):
+    for old in (*others[: max(0, len(others) + 1 - keep)], *folder.glob(".[0-9]*.safetensors"), *folder.glob(".tmp*")):
         old.unlink(missing_ok=True)
 
 
@@ -131,6 +133,11 @@ def _ordered(model: Tree, found: Tree, device: torch.device) -> Tree:
         else torch.empty_like(child, device=device).copy_(found[name])
         for name, child in model.items()
     }
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether a folder holds no position of a run; it need not be there."""
+    return not _files(folder)
 
 
 def _files(folder: Path) -> list[Path]:

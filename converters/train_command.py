@@ -51,6 +51,12 @@ def _share(value: float | None) -> float | None:
     return value
 
 
+def _below_one(value: float) -> float:
+    if not value < 1:
+        raise typer.BadParameter(f"{value} should be less than 1")
+    return value
+
+
 def train(
     model: ModelName,
     data_name: Data = "digits",
@@ -75,9 +81,13 @@ def train(
     ] = None,
     schedule: Annotated[ScheduleName, typer.Option(help="Course of the learning rate.")] = ScheduleName.cosine,
     warmup: Annotated[int, typer.Option(min=0, help="First epochs, in which the learning rate rises.")] = 0,
-    momentum: Annotated[float, typer.Option(min=0, max=1, help="Of sgd, rmsprop, lars and muon.")] = 0.9,
+    momentum: Annotated[
+        float, typer.Option(min=0, callback=_below_one, help="Of sgd, rmsprop, lars and muon; less than 1.")
+    ] = 0.9,
     weight_decay: Annotated[float, typer.Option(min=0, help="Not applied to biases and normalisation.")] = 1e-4,
-    clip: Annotated[float | None, typer.Option(min=0, help="Scale gradients of a larger norm down to it.")] = None,
+    clip: Annotated[
+        float | None, typer.Option(callback=_positive, help="Scale gradients of a larger norm down to it.")
+    ] = None,
     label_smoothing: Annotated[float, typer.Option(min=0, max=1, help="0.1 is usual for ImageNet.")] = 0.0,
     mixup: Annotated[
         float | None, typer.Option(callback=_positive, help="Mix pictures; alpha of the beta distribution.")
@@ -206,9 +216,11 @@ def _run_folder(options: Options, out: Path | None, resume: bool) -> Path:
         if resume or distributed.world_size() > 1:
             raise typer.BadParameter("a run of many processes, or to go on with, needs its folder", param_hint="--out")
         return run.new_folder(options)
+    if run.holds_no_progress(out):
+        return out
     if resume:
         run.check_resumable(options, out)
-    elif out.is_dir() and any(out.iterdir()):
+    else:
         raise typer.BadParameter(
             f"{out} is not empty: nothing is overwritten; --resume goes on with it", param_hint="--out"
         )

@@ -19,7 +19,10 @@ Example::
 """
 
 import difflib
+import errno
+import hashlib
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -92,6 +95,18 @@ def read_image(source: str | os.PathLike[str] | BinaryIO, *, called: str | None 
         if image.mode == "P":  # a palette may hold transparency, which only RGBA takes over without a warning
             image = image.convert("RGBA")
         return image.convert("L" if image.mode in ("1", "LA", "La") else "RGB")
+
+
+_LEFT_OUT = "--skip-bad, or skip_bad=True, leaves them out"
+
+
+def read_example(source: str | os.PathLike[str] | BinaryIO, *, called: str | None = None) -> Image.Image:
+    """`read_image` for a data set: what it raises tells how to do without such pictures."""
+    try:
+        return read_image(source, called=called)
+    except DataError as error:
+        error.add_note(_LEFT_OUT)
+        raise
 
 
 def _check_header(path: Path) -> None:
@@ -323,6 +338,8 @@ class DataSet:
         preprocessing: for the pictures' own size and channels; ``preprocessing.adapt(...)`` for others.
         augmentation: for training.
         skipped: the files that were left out because they are no pictures.
+        digest: of what may change under one name, the files of a folder: their names, order and classes. Empty for
+            data sets that never change.
     """
 
     name: str
@@ -332,6 +349,12 @@ class DataSet:
     preprocessing: Preprocessing
     augmentation: Augmentation
     skipped: tuple[Path | str, ...] = ()
+    digest: str = ""
+
+
+def digest(marks: Iterable[str]) -> str:
+    """A short word for a list of words."""
+    return hashlib.sha256("\0".join(marks).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 class _InMemory:
@@ -354,7 +377,7 @@ class _Files:
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         file, label = self.files[index]
-        return read_image(file), label
+        return read_example(file), label
 
 
 def _square(size: int, mean: Sequence[float], std: Sequence[float]) -> Preprocessing:
@@ -521,9 +544,7 @@ def _folder(folder: Path, skip_bad: bool) -> DataSet:
     bad = _bad_files(files, read_image if skip_bad else _check_header)
     if bad and not skip_bad:
         shown = "".join(f"\n  {file}" for file in bad[:10]) + ("\n  ..." if len(bad) > 10 else "")
-        raise DataError(
-            f"{len(bad)} of {len(files)} files in {folder} are no pictures (skip_bad leaves them out):{shown}"
-        )
+        raise DataError(f"{len(bad)} of {len(files)} files in {folder} are no pictures ({_LEFT_OUT}):{shown}")
     dropped = set(bad)
     for half, pairs in examples.items():
         examples[half] = [(file, label) for file, label in pairs if file not in dropped]
@@ -538,6 +559,7 @@ def _folder(folder: Path, skip_bad: bool) -> DataSet:
         Preprocessing(),
         PHOTOGRAPHS,
         tuple(bad),
+        digest(str(file).removeprefix(str(folder)) for pairs in examples.values() for file, _ in pairs),
     )
 
 
@@ -549,10 +571,18 @@ def _class_folders(half: Path) -> tuple[str, ...]:
 
 
 def _visible_files(folder: Path) -> list[Path]:
+    """Those in it at any depth. Links are followed, but not into a folder that they lie in, which has no end."""
     files: list[Path] = []
-    for here, folders, inside in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]  # os.walk then stays out of them
-        files += [Path(here, name) for name in inside if not name.startswith(".")]
+    parent = folder.parent.resolve()
+    around = {folder: {parent, *parent.parents}}  # of each folder, all that it was reached through
+    for name, folders, inside in os.walk(folder, followlinks=True):
+        here = Path(name)
+        reached, real = around.pop(here), here.resolve()
+        if real in reached or here.name.startswith("."):
+            folders.clear()  # os.walk then stays out of them
+            continue
+        around |= {here / name: {*reached, real} for name in folders}
+        files += [here / name for name in inside if not name.startswith(".")]
     return sorted(files)
 
 
@@ -561,7 +591,8 @@ def _bad_files(files: Sequence[Path], check: Callable[[Path], object]) -> list[P
         try:
             check(file)
         except DataError as error:
-            if isinstance(error.__cause__, OSError) and error.__cause__.errno is not None:
+            broken_link = (None, errno.ENOENT, errno.ELOOP)
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno not in broken_link:
                 raise  # the system failed (no permission, a lost disk): that says nothing about the file
             return True
         return False
@@ -592,7 +623,8 @@ def batches(
 
     With a key the order is shuffled, and what ``transform`` draws for a picture depends on the key and the
     picture's index alone: not on ``workers`` or ``batch_size``, nor on torch's global generator, which is
-    left as it was. Going through the same object twice gives the same batches: give every epoch its own key.
+    left as it was, nor on threads that go through other batches. Going through the same object twice gives the
+    same batches: give every epoch its own key.
     Without a key the order is that of ``examples``, for transforms that draw nothing.
 
     Args:
@@ -698,16 +730,25 @@ class Batches:
             yield batch
 
 
+_GENERATOR = threading.RLock()
+"""Held by the thread that draws from torch's global generator: torchvision's transforms know no other."""
+if hasattr(os, "register_at_fork"):  # a worker's process must not begin with a lock that no thread of its own holds
+    os.register_at_fork(
+        before=_GENERATOR.acquire, after_in_parent=_GENERATOR.release, after_in_child=_GENERATOR.release
+    )
+
+
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """torch's global generator, begun anew from a seed, and afterwards as it was."""
-    before = torch.get_rng_state()
-    # not torch.manual_seed, which seeds accelerators as well and is ten times slower
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(before)
+    with _GENERATOR:
+        before = torch.get_rng_state()
+        # not torch.manual_seed, which seeds accelerators as well and is ten times slower
+        torch.default_generator.manual_seed(seed)
+        try:
+            yield
+        finally:
+            torch.set_rng_state(before)
 
 
 def resident(

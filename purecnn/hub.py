@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from purecnn.data import HELD_OUT, PHOTOGRAPHS, DataError, DataSet, Preprocessing, read_image
+from purecnn.data import HELD_OUT, PHOTOGRAPHS, DataError, DataSet, Preprocessing, digest, read_example
 
 __all__ = ["load"]
 
@@ -61,7 +61,8 @@ def load(name: str, *, root: str | os.PathLike[str] | None = None, skip_bad: boo
         (train, bad), (test, bad_too) = train.without_bad(), test.without_bad()
         skipped = [*bad, *bad_too]
     classes = tuple(features[label].names)
-    return DataSet(f"hf:{name}", classes, train, test, Preprocessing(), PHOTOGRAPHS, tuple(skipped))
+    word = digest(str(value) for half in (train, test) for value in half.rows[label])
+    return DataSet(f"hf:{name}", classes, train, test, Preprocessing(), PHOTOGRAPHS, tuple(skipped), word)
 
 
 def _column(name: str, features: Mapping[str, Any], kind: type, what: str) -> str:
@@ -85,7 +86,7 @@ class _Rows:
         row = self.rows[index]
         file = row[self.picture]
         source = io.BytesIO(file["bytes"]) if file["bytes"] is not None else file["path"]
-        return read_image(source, called=self.called(index)), row[self.label]
+        return read_example(source, called=self.called(index)), row[self.label]
 
     def called(self, index: int) -> str:
         return f"{self.where}, row {index}"

@@ -158,8 +158,7 @@ class Model:
                 if expected.get(path) != found.get(path)
             ]
             if lines:
-                more = f", and {len(lines) - 10} more" if len(lines) > 10 else ""
-                raise ValueError(f"the {what} are not those of {self.name}: {', '.join(lines[:10])}{more}")
+                raise ValueError(f"the {what} are not those of {self.name}: {tree.some(lines)}")
 
     def apply(
         self,

@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
+from matplotlib import colormaps, font_manager, rcParams
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
@@ -26,6 +27,16 @@ __all__ = ["confusion", "curves", "explanations", "filters", "paired", "predicti
 # Two of the colours of Okabe and Ito (https://jfly.uni-koeln.de/color/), which every kind of eye tells apart
 _BLUE, _ORANGE = "#0072b2", "#d55e00"
 _GREY = "#777777"
+
+_MORE_FONTS = (
+    *(
+        f"Noto Sans {script}"
+        for script in ("CJK JP", "CJK SC", "JP", "SC", "KR", "Arabic", "Hebrew", "Devanagari", "Thai")
+    ),
+    *("Hiragino Sans", "PingFang SC", "Apple SD Gothic Neo", "Arial Unicode MS"),
+    *("Yu Gothic", "Microsoft YaHei", "Malgun Gothic", "WenQuanYi Zen Hei", "Droid Sans Fallback", "IPAGothic"),
+)
+"""For names of classes in scripts that matplotlib's own font lacks; those of them that are installed are used."""
 
 
 def curves(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
@@ -337,6 +348,10 @@ def _fit(name: str, width: int) -> str:
 
 
 def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    installed = set(font_manager.get_font_names())
+    if more := [name for name in _MORE_FONTS if name in installed]:
+        for text in figure.findobj(Text):
+            text.set_fontfamily([*rcParams["font.family"], *more])
     with replacing(path) as file:
         # matplotlib would write its version into the file
         FigureCanvasAgg(figure).print_figure(file, format="png", dpi=130, metadata={"Software": None})

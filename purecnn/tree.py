@@ -3,7 +3,7 @@
 A *path* is the names from the root to a leaf joined by dots, as in ``"stage1.0.conv1.weight"``.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -96,3 +96,13 @@ def device(tree: Mapping[str, Any]) -> torch.device:
     """Where the first leaf lies; a tree's leaves lie together."""
     leaf: Tensor = next(iter(flatten(tree).values()))
     return leaf.device
+
+
+def some(paths: Sequence[str]) -> str:
+    """The first ten, and how many more there are: for errors.
+
+    >>> some([f"stage1.{i}" for i in range(12)])[-31:]
+    'stage1.8, stage1.9 and 2 more'
+    """
+    more = f" and {len(paths) - 10} more" if len(paths) > 10 else ""
+    return ", ".join(paths[:10]) + more

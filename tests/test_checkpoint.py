@@ -161,6 +161,19 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
         files.write(tmp_path / "x.txt", {})
 
 
+def test_what_else_a_file_may_hold_is_named(tmp_path: Path) -> None:
+    weights = {"weight": torch.zeros(1)}
+    for found, message in [
+        ({"state_dict": weights, "ema": weights, "x": weights["weight"]}, "under 'state_dict' and under 'ema'"),
+        ({"epoch": 3, "optimizer": {}}, "a dictionary of epoch, optimizer"),
+        ([torch.zeros(1)], "of tensors: a list"),
+        (torch.zeros(1), "of tensors: a Tensor"),
+    ]:
+        torch.save(found, tmp_path / "x.pth")
+        with pytest.raises(files.FileError, match=rf"x\.pth holds .*{message}"):
+            files.read(tmp_path / "x.pth")
+
+
 def test_a_checkpoint_of_an_unknown_model(tmp_path: Path) -> None:
     metadata = {
         "format": checkpoint.FORMAT,

@@ -99,6 +99,27 @@ def test_train_evaluate_predict(folder: Path) -> None:
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+def test_folders_in_place_of_files(folder: Path) -> None:
+    assert call("train", "lenet5", "--epochs", "1", "--batch-size", "500", "--out", "run").exit_code == 0
+    assert call("evaluate", "run").exit_code == 0
+    for name in ("some/b.png", "some/a.PNG", "some/deep/c.png", "some/.d.png", "empty/notes.txt"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_bytes(Path("run/example.png").read_bytes())
+    for command in ("predict", "explain"):
+        words = (command, "some", "run/example.png", "--from", "run", "--out", "run", "--json")
+        found = json.loads(call(*words).stdout)
+        found = found["images"] if command == "explain" else found
+        assert [each["image"] for each in found] == ["some/a.PNG", "some/b.png", "run/example.png"]
+    assert Path("run/explanation.png").is_file()
+    for words, message in (
+        (("predict", "empty", "--from", "run"), "empty holds no pictures"),
+        (("evaluate", "some"), "some/checkpoint.safetensors does not exist"),
+    ):
+        result = call(*words)
+        assert result.exit_code == 2
+        assert message in " ".join(re.sub("[│╭╮╰╯─]", " ", result.output).split())
+
+
 def test_events_on_request(folder: Path) -> None:
     words = ("train", "lenet5", "--epochs", "1", "--batch-size", "500", "--out", "run", "--tensorboard")
     result = call(*words)
@@ -148,6 +169,28 @@ def test_convert_there_and_back(folder: Path) -> None:
     assert all(torch.equal(back[key], tensor) for key, tensor in state_dict.items())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_weights_of_other_types_are_computed_with_and_converted_as_they_are(folder: Path, dtype: torch.dtype) -> None:
+    model = purecnn.create("lenet5")
+    params, state = (
+        purecnn.tree.map(lambda leaf: leaf.to(dtype) if leaf.is_floating_point() else leaf, part)
+        for part in model.init(random.key(0))
+    )
+    prepare = data.load("digits").preprocessing.adapt(size=32)
+    checkpoint.save("x.safetensors", model, params, state, preprocessing=prepare, classes=list("0123456789"))
+    Image.new("L", (8, 8)).save("x.png")
+    for words in (
+        ("evaluate", "x.safetensors"),
+        ("predict", "x.png", "--from", "x.safetensors"),
+        ("explain", "x.png", "--from", "x.safetensors", "--method", "input"),
+        ("train", "lenet5", "--from", "x.safetensors", "--epochs", "1", "--batch-size", "500"),
+        ("convert", "x.safetensors", "y.safetensors"),
+    ):
+        result = call(*words)
+        assert result.exit_code == 0, (words, result.output, result.exception)
+    assert {leaf.dtype for leaf in files.read("y.safetensors").values()} == {dtype}
+
+
 def test_verify() -> None:
     rows = json.loads(call("verify", "squeezenet1_1", "--image-size", "64", "--json").stdout)
     assert rows[0]["model"] == "squeezenet1_1"
@@ -179,6 +222,10 @@ def test_verify_notices_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
         (["train", "lenet5", "--average", "0"], "0.0 should be between 0 and 1"),
         (["train", "lenet5", "--average", "1"], "'--average'"),
         (["train", "lenet5", "--device", "abacus"], "abacus"),
+        (["train", "lenet5", "--device", "meta"], "meta"),
+        (["train", "lenet5", "--momentum", "1"], "1.0 should be less than 1"),
+        (["train", "lenet5", "--clip", "0"], "0.0 should be greater than 0"),
+        (["train", "lenet5", "--lr", "-1"], "greater than or equal to 0"),
         (["evaluate", "none.safetensors"], "none.safetensors does not exist"),
         (["predict", "none.png", "--from", "x.safetensors"], "none.png does not exist"),
         (["list", "xyz*"], "xyz"),
@@ -218,6 +265,19 @@ def test_failures(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch:
         code, error = fails(capsys, monkeypatch, *words)
         assert (code, message in error) == (1, True), f"{words}: {error}"
     assert not Path("out.pth").exists()
+
+
+def test_a_batch_of_one_picture_is_refused_at_once_where_a_network_cannot_have_it(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_pictures(folder / "pictures")
+    words = ("--data", "pictures", "--image-size", "32", "--epochs", "1", "--out", "run")
+    for sizes in (("--batch-size", "11"), ("--batch-size", "3", "--accumulate", "2")):
+        code, error = fails(capsys, monkeypatch, "train", "resnet18", *words, *sizes)
+        assert code == 1
+        assert f"of 12 pictures a step gets a single one: choose another --batch-size than {sizes[1]}" in error
+        assert not (folder / "run").exists()
+    assert call("train", "squeezenet1_1", *words, "--batch-size", "11").exit_code == 0
 
 
 def test_what_is_no_picture_can_be_skipped(folder: Path) -> None:

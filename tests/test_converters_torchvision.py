@@ -304,8 +304,18 @@ def test_all_differences_are_in_one_message() -> None:
 def test_weights_of_another_model() -> None:
     with pytest.raises(ConversionError, match=r"not those of squeezenet1_0; .*of another shape"):
         tv.from_state_dict(purecnn.create("squeezenet1_0"), squeezenet())
-    with pytest.raises(ConversionError, match=r"not those of alexnet; .*missing: .*unexpected: "):
+    with pytest.raises(ConversionError, match=r"not those of alexnet; .*missing: .*unexpected: ") as caught:
         tv.from_state_dict(purecnn.create("alexnet"), squeezenet())
+    assert "12 missing: features.3.weight, " in str(caught.value)
+    assert " and 2 more; " in str(caught.value)
+    assert len(str(caught.value)) < 2000
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module.", "model.features."])
+def test_names_of_a_wrapped_module(prefix: str) -> None:
+    state_dict = {prefix + key: tensor for key, tensor in squeezenet().items()}
+    with pytest.raises(ConversionError, match=rf"all names begin with '{prefix}', .*key\.removeprefix\('{prefix}'\)"):
+        tv.from_state_dict(purecnn.create("squeezenet1_1"), state_dict)
 
 
 @pytest.mark.parametrize("value", [None, 1.0, [1.0], "weight"])

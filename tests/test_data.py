@@ -4,6 +4,7 @@ import json
 import struct
 import urllib.error
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -110,9 +111,42 @@ def test_a_picture_cut_short_is_named_when_read_and_skipped_on_request(folder: P
     photographs = data.load(folder)  # its header is whole
     assert len(photographs.train) == 7
     for workers in (0, 1):
-        with pytest.raises(data.DataError, match=r"^cannot read the image .*9\.jpg"):
+        with pytest.raises(data.DataError, match=r"^cannot read the image .*9\.jpg") as caught:
             list(data.batches(photographs.train, photographs.preprocessing.evaluation(), 4, workers=workers))
+        assert caught.value.__notes__ == ["--skip-bad, or skip_bad=True, leaves them out"]
     assert data.load(folder, skip_bad=True).skipped == (broken,)
+
+
+def test_links_to_nowhere_are_bad_pictures(folder: Path) -> None:
+    ants = folder / "train" / "ants"
+    (ants / "gone.png").symlink_to(folder / "nowhere.png")
+    (ants / "self.png").symlink_to(ants / "self.png")
+    with pytest.raises(data.DataError, match=r"2 of 12 files .* are no pictures \(--skip-bad"):
+        data.load(folder)
+    assert data.load(folder, skip_bad=True).skipped == (ants / "gone.png", ants / "self.png")
+
+
+def test_links_are_followed_but_not_round_in_circles(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    picture(elsewhere / "more" / "x.png")
+    ants = folder / "train" / "ants"
+    for link, target in (
+        (elsewhere / "more" / "back", ants),
+        (ants / "a link", elsewhere),
+        (ants / "deep" / "up", ants),
+        (ants / "all", folder),
+    ):
+        link.parent.mkdir(exist_ok=True)
+        link.symlink_to(target)
+    photographs = data.load(folder)
+    assert len(photographs.train) == 6 + 1
+    assert isinstance(photographs.train, data._Files)
+    assert photographs.train.files[1][0] == ants / "1.png"
+    assert photographs.train.files[3][0] == ants / "a link" / "more" / "x.png"
+    (folder / "train" / "wasps").symlink_to(folder / "train")
+    picture(folder / "val" / "wasps" / "0.png")
+    with pytest.raises(data.DataError, match=r"no pictures in .*wasps"):
+        data.load(folder)
 
 
 def test_a_file_that_the_system_refuses_is_not_taken_for_a_bad_one(
@@ -349,6 +383,23 @@ def test_the_global_generator_is_left_alone(digits: data.DataSet, workers: int) 
     assert torch.equal(torch.get_rng_state(), before)
     list(data.batches(examples, digits.preprocessing.evaluation(), 4, workers=workers))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@worker_processes
+def test_threads_do_not_draw_each_others_numbers(digits: data.DataSet) -> None:
+    examples = [digits.train[i] for i in range(100)]
+    transform = digits.preprocessing.training(digits.augmentation)
+
+    def run(seed: int, workers: int = 0) -> torch.Tensor:
+        return everything(data.batches(examples, transform, 50, key=random.key(seed), workers=workers))[0]
+
+    before = torch.get_rng_state()
+    with ThreadPoolExecutor(3) as pool:
+        others = pool.map(run, range(8))
+        mine = [run(seed, workers=1) for seed in range(2)]  # while others draw, a process is begun
+        together = list(others)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(images, run(seed)) for seed, images in (*enumerate(together), *enumerate(mine)))
 
 
 def test_batches_that_cannot_be() -> None:

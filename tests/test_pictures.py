@@ -67,6 +67,15 @@ def test_prediction(tmp_path: Path, mode: str, size: tuple[int, int]) -> None:
     drawn(tmp_path / "answer.png")
 
 
+def test_scripts_that_the_font_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Boxes and a warning, unless there is a font that has them."""
+    monkeypatch.setattr(pictures, "_MORE_FONTS", ())
+    with pytest.warns(UserWarning, match="missing from font"):
+        pictures.confusion([[3, 1], [0, 2]], ["\ue000", "bees"], tmp_path / "x.png")
+    monkeypatch.setattr(pictures, "_MORE_FONTS", ("STIXNonUnicode",))
+    pictures.confusion([[3, 1], [0, 2]], ["\ue000", "bees"], tmp_path / "x.png")
+
+
 def test_small_pictures_are_enlarged_with_sharp_pixels(tmp_path: Path) -> None:
     board = Image.fromarray((np.indices((8, 8)).sum(0) % 2 * 255).astype(np.uint8))
     pictures.prediction(board, [("chess", 1.0)], tmp_path / "answer.png")

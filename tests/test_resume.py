@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
@@ -159,6 +160,63 @@ def test_other_options_are_refused(whole: Path) -> None:
     assert result.exit_code != 0
     assert "batch_size was 128 and is 64, seed was 0 and is 3" in str(result.exception)
     assert call(*TRAIN, "--out", str(whole), "--resume", "--workers", "0", "--device", "cpu").exit_code == 0
+
+
+def test_other_data_are_refused(tmp_path: Path) -> None:
+    for half in ("train", "val"):
+        for name in ("ants", "bees"):
+            for i in range(12):
+                path = tmp_path / "insects" / half / name / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (8, 8), (i, i, i)).save(path)
+    ants = tmp_path / "insects" / "train" / "ants"
+    words = ("train", "lenet5", "--data", str(tmp_path / "insects"), "--like", "cifar10", "--epochs", "1")
+    resume = (*words, "--out", str(tmp_path / "run"), "--resume")
+    assert call(*resume).exit_code == 0
+    before = final(tmp_path / "run")
+
+    (ants / "0.png").rename(ants / "renamed.png")
+    assert "names, order or classes of the pictures have changed" in str(call(*resume).exception)
+    for i in range(1, 9):
+        (ants / f"{i}.png").unlink()
+    assert "train was 24 pictures and is 16 pictures." in str(call(*resume).exception)
+    for half in ("train", "val"):
+        (tmp_path / "insects" / half / "bees").rename(tmp_path / "insects" / half / "wasps")
+    assert "classes was ants, bees and is ants, wasps; train was 24" in str(call(*resume).exception)
+    assert all(torch.equal(leaf, before[key]) for key, leaf in final(tmp_path / "run").items())
+
+
+def test_what_was_just_written_is_kept(tmp_path: Path) -> None:
+    start = TrainState.start(*purecnn.create("lenet5").init(random.key(0)), adamw(1e-3))
+    standing = states.Standing(0, Position.start(start), ())
+    for number, keep, left in ((8, 1, [8]), (2, 1, [2]), (9, 2, [2, 9]), (3, 2, [3, 9]), (4, 5, [3, 4, 9])):
+        states.save(tmp_path, number, standing, keep)
+        assert sorted(int(path.stem) for path in tmp_path.iterdir()) == left
+
+
+@pytest.mark.parametrize("resume", [(), ("--resume",)], ids=["anew", "resume"])
+def test_a_failed_start_does_not_spoil_the_folder(resume: tuple[str, ...], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    words = ("train", "lenet5", "--epochs", "1", "--batch-size", "500", "--out", str(folder))
+    assert call(*words, "--label-smoothing", "2").exit_code == 2
+    assert call(*words, "--synchronize", "--lr", "1e30").exit_code == 1
+    assert {path.name for path in folder.iterdir()} == {"config.json", "example.png"}
+    result = call(*words, "--seed", "3", *resume)
+    assert result.exit_code == 0, result.output
+    assert json.loads((folder / "config.json").read_text())["options"]["seed"] == 3
+    assert call(*words, "--seed", "4").exit_code == 2
+
+
+def test_another_programs_configuration_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"command": "else"}')
+    assert call(*TRAIN, "--out", str(tmp_path)).exit_code == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_what_cannot_be_trained_is_known_before_anything_is_written(tmp_path: Path) -> None:
+    result = call("train", "lenet5_1998", "--label-smoothing", "0.1", "--out", str(tmp_path / "run"))
+    assert "another loss" in str(result.exception)
+    assert not any(tmp_path.iterdir())
 
 
 def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path) -> None:
