@@ -77,25 +77,26 @@ def evaluate(
     device = tree.device(params)
     network = model.apply if policy is None else lambda *args: policy.apply(model, *args)
     loss = model.loss or F.cross_entropy
-    classes = model.num_classes
-    # In a process group there may be no picture for one of the processes.
-    losses, pairs = (
-        [torch.zeros((), dtype=torch.float64, device=device)],
-        [torch.zeros(0, dtype=torch.int64, device=device)],
-    )
+    losses = [torch.zeros((), dtype=torch.float64, device=device)]
+    places = [torch.zeros((2, 0), dtype=torch.int64, device=device)]
+    classes = 0
     with torch.no_grad():
         for images, labels in batches:
             images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             logits, _ = network(params, state, images)
             losses.append(loss(logits, labels).double() * len(labels))
-            pairs.append(labels * classes + logits.argmax(1))
-    sums = distributed.total(
-        {"loss": torch.stack(losses).sum(), "confusion": torch.cat(pairs).bincount(minlength=classes**2)}
-    )
+            places.append(torch.stack([labels, logits.argmax(1)]))
+            classes = logits.shape[1]
+    # In a process group there may be no picture for one of the processes, which then knows no number of classes.
+    seen = distributed.total({"": torch.tensor([classes > 0, classes], dtype=torch.int64, device=device)})[""].tolist()
+    if not seen[0]:
+        raise ValueError("there is no batch to evaluate")
+    classes = seen[1] // seen[0]
+    truth, found = torch.cat(places, 1)
+    pairs = (truth * classes + found).bincount(minlength=classes**2)
+    sums = distributed.total({"loss": torch.stack(losses).sum(), "confusion": pairs})
     confusion = sums["confusion"].cpu().reshape(classes, classes)
     count = int(confusion.sum())
-    if not count:
-        raise ValueError("there is no batch to evaluate")
     return Evaluation(float(sums["loss"]) / count, int(confusion.diagonal().sum()) / count, confusion)
 
 
@@ -218,7 +219,7 @@ def fit(
             tensors are overwritten by the next step. If it returns True, the training stops there.
         on_epoch: called as ``on_epoch(row, train_state)`` after each epoch. The train state may be kept.
         settings: others of `make_step`: ``statistics``, ``loss``, ``label_smoothing``, ``aux_weight``,
-            ``accumulate``, ``remat``, ``compile``.
+            ``accumulate``, ``remat``, ``augment``, ``compile``.
 
     Raises:
         DivergedError: if a loss is infinite or not a number.

@@ -101,8 +101,8 @@ def device(tree: Mapping[str, Any]) -> torch.device:
 def some(paths: Sequence[str]) -> str:
     """The first ten, and how many more there are: for errors.
 
-    >>> some([f"stage1.{i}" for i in range(12)])[-31:]
-    'stage1.8, stage1.9 and 2 more'
+    >>> some([f"stage{i}" for i in range(12)])[-25:]
+    'stage8, stage9 and 2 more'
     """
     more = f" and {len(paths) - 10} more" if len(paths) > 10 else ""
     return ", ".join(paths[:10]) + more
