@@ -105,14 +105,8 @@ def like(standing: Standing, start: TrainState, device: torch.device) -> Standin
     """
 
     def sort(what: str, model: Tree, found: Tree) -> Tree:
-        expected, given = ({path: tuple(leaf.shape) for path, leaf in tree.flatten(t).items()} for t in (model, found))
-        if given != expected:
-            lines = [
-                f"{path} (expected {expected.get(path, 'nothing')}, found {given.get(path, 'nothing')})"
-                for path in sorted(expected.keys() | given.keys())
-                if expected.get(path) != given.get(path)
-            ]
-            raise FileError(f"the run's {what} is another network's or optimizer's: {', '.join(lines[:5])}")
+        if different := tree.differences(model, found):
+            raise FileError(f"the run's {what} is another network's or optimizer's: {tree.some(different)}")
         return _ordered(model, found, device)
 
     given = standing.position.train_state

@@ -149,16 +149,8 @@ class Model:
         ValueError: the parameters are not those of resnet18: ...
         """
         for what, meta, given in zip(("parameters", "statistics"), self.spec(), (params, state), strict=True):
-            expected, found = (
-                {path: tuple(leaf.shape) for path, leaf in tree.flatten(each).items()} for each in (meta, given)
-            )
-            lines = [
-                f"{path} (expected {expected.get(path, 'nothing')}, found {found.get(path, 'nothing')})"
-                for path in sorted(expected.keys() | found.keys())
-                if expected.get(path) != found.get(path)
-            ]
-            if lines:
-                raise ValueError(f"the {what} are not those of {self.name}: {tree.some(lines)}")
+            if different := tree.differences(meta, given):
+                raise ValueError(f"the {what} are not those of {self.name}: {tree.some(different)}")
 
     def apply(
         self,

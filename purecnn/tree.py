@@ -98,6 +98,20 @@ def device(tree: Mapping[str, Any]) -> torch.device:
     return leaf.device
 
 
+def differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    """Where names or shapes of two trees differ, a phrase for each path.
+
+    >>> differences({"weight": torch.zeros(3)}, {"weight": torch.zeros(2), "bias": torch.zeros(3)})
+    ['bias (expected nothing, found (3,))', 'weight (expected (3,), found (2,))']
+    """
+    one, other = ({path: tuple(leaf.shape) for path, leaf in flatten(each).items()} for each in (expected, found))
+    return [
+        f"{path} (expected {one.get(path, 'nothing')}, found {other.get(path, 'nothing')})"
+        for path in sorted(one.keys() | other.keys())
+        if one.get(path) != other.get(path)
+    ]
+
+
 def some(paths: Sequence[str]) -> str:
     """The first ten, and how many more there are: for errors.
 
