@@ -34,7 +34,7 @@ def captured(step: Step) -> Step:
         step: the step. What it does must not depend on values that the host reads.
 
     Raises:
-        ValueError: if a later train state has other paths than the first.
+        ValueError: if a later train state has other paths or shapes than the first.
     """
     recording: _Recording | None = None
 
@@ -66,6 +66,8 @@ class _Recording:
 
     def __call__(self, train_state: TrainState, batch: Batch, key: Tensor | None) -> tuple[TrainState, Metrics]:
         if train_state is not self.train_state:  # nor after the recording, since the runs before it were steps, too
+            if different := tree.differences(self.train_state._asdict(), train_state._asdict()):
+                raise ValueError(f"the recorded train state has other tensors: {tree.some(different)}")
             self.fill(train_state)
         inputs = _inputs(batch, key)
         if [(each.shape, each.dtype) for each in inputs] == [(each.shape, each.dtype) for each in self.inputs]:
@@ -86,8 +88,6 @@ class _Recording:
     def fill(self, train_state: TrainState) -> None:
         """Overwrite the train state; what a donating step has overwritten itself is there already."""
         given = tree.flatten(train_state._asdict())
-        if different := sorted(given.keys() ^ self.leaves.keys()):
-            raise ValueError(f"the recorded train state has other tensors: {', '.join(different[:5])}")
         pairs = [(mine, given[path]) for path, mine in self.leaves.items() if given[path] is not mine]
         torch._foreach_copy_([mine for mine, _ in pairs], [theirs for _, theirs in pairs])
 

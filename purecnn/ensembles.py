@@ -225,7 +225,6 @@ def make_ensemble_step(
             return partition(found, trainable)[0], {} if frozen_statistics else after, metrics
 
         dims = (0, None if frozen_statistics else 0, 0, 0 if own_batch else None, None if key is None else 0)
-
         given = (trained, state, count, batch, key)
 
         def gradients(part: range) -> tuple[Tree, Tree, Metrics]:
@@ -346,9 +345,7 @@ def mc_dropout(model: Model, params: Tree, state: Tree, x: Tensor, keys: Tensor)
     """
 
     def one(key: Tensor) -> Tensor:
-        outputs, _ = model.apply(params, state, x, train=True, statistics="running", key=key)
-        found: Tensor = logits_of(outputs)
-        return found
+        return logits_of(model.apply(params, state, x, train=True, statistics="running", key=key)[0])
 
     return vmap(one)(keys)
 

@@ -60,7 +60,7 @@ class Model:
         """A model from a layer of one's own; it is not in the table, from which alone `create` and files build models.
 
         Args:
-            layer: from images to logits, or to `Outputs`.
+            layer: from images ``(batch, in_channels, height, width)`` to logits ``(batch, num_classes)``, or `Outputs`.
             num_classes: how many logits it gives for an image.
             in_channels, image_size: of the images that the shapes of its parameters are worked out for.
             norm: see `create`.
@@ -69,14 +69,6 @@ class Model:
 
         Raises:
             ValueError: if it gives another number of logits.
-
-        Args:
-            layer: from images ``(batch, in_channels, height, width)`` to logits ``(batch, num_classes)``.
-            num_classes: how many logits it gives; the layer is not asked.
-            in_channels: channels of the images.
-            image_size: side, in pixels, of the images that the shapes of the parameters are worked out for.
-            name: what errors call it.
-            loss: from logits and labels to a scalar; by default cross-entropy.
 
         >>> import purecnn
         >>> from purecnn.layers import conv, global_avg_pool, linear, relu
@@ -235,7 +227,7 @@ def replace_head(model: Model, params: Tree, state: Tree, num_classes: int, key:
         The model of that many classes, its parameters and its running statistics; what is kept is not copied.
 
     Raises:
-        UnknownModelError: if the model is not in the table, so that it could not be built again.
+        ValueError: if the model is not the table's, so that it cannot be built again, or the trees are not the model's.
 
     >>> import purecnn
     >>> model = purecnn.create("squeezenet1_1")

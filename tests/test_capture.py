@@ -71,6 +71,8 @@ def test_other_train_states_are_refused() -> None:
     train_state, _ = recorded(start(TINY, optimizer), batch(0), random.key(1))
     with pytest.raises(ValueError, match=r"other tensors: opt_state\.momentum"):
         recorded(train_state._replace(opt_state={"step": train_state.step}), batch(0), random.key(1))
+    with pytest.raises(ValueError, match=r"other tensors: step \(expected \(\), found \(1,\)\)"):
+        recorded(train_state._replace(step=train_state.step[None]), batch(0), random.key(1))
 
 
 def test_a_training_is_the_same() -> None:
