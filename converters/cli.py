@@ -1,5 +1,5 @@
-"""The command line: ``purecnn list | inspect | train | evaluate | predict | convert | verify | explain |
-recipe``.
+"""The command line: ``purecnn list | inspect | train | evaluate | predict | convert | export | verify |
+explain | recipe``.
 
 It stands on top of both packages and is the one place that looks at the world: arguments, files and screen.
 Exit codes: 0 done, 1 failed, 2 misused.
@@ -43,6 +43,7 @@ from converters.arguments import (
     pick_device,
     pictures_of,
 )
+from converters.export_command import export_command
 from converters.rules import ConversionError
 from converters.screen import notes, print_json, screen, table
 from converters.train_command import train
@@ -61,6 +62,7 @@ app = typer.Typer(
     help="The whole evolution of CNN architectures, as pure functions.",
 )
 app.command()(train)
+app.command("export")(export_command)
 app.add_typer(recipes.commands(), name="recipe")
 
 

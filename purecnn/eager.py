@@ -8,12 +8,14 @@ from torch import Tensor
 from torch._C._functorch import TransformType
 
 _REQUIRES_GRAD = operator.attrgetter("requires_grad")
+_TRACER = torch._C._TorchDispatchModeKey.PROXY
 
 
 def is_transformed(*tensors: Tensor) -> bool:
-    """Whether a compiler, ``torch.func`` or autograd watches what is done to the tensors."""
+    """Whether a compiler, a tracer, ``torch.func`` or autograd watches what is done to the tensors."""
     return (
         torch.compiler.is_compiling()
+        or torch._C._get_dispatch_mode(_TRACER) is not None
         or torch._C._functorch.peek_interpreter_stack() is not None
         or (torch.is_grad_enabled() and any(map(_REQUIRES_GRAD, tensors)))
     )

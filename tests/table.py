@@ -3,6 +3,7 @@
 A new network is a new row of `TABLE`, and a new family is also a row of `CASES`.
 """
 
+import shutil
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -17,6 +18,9 @@ import purecnn
 from purecnn import Model, Outputs, random, tree
 from purecnn.model import find
 from purecnn.tree import Tree
+
+COMPILER = any(map(shutil.which, ("c++", "g++", "clang++")))
+"""Whether there is one of C++, as torch needs for its compiled code on a CPU."""
 
 
 class Row(NamedTuple):

@@ -1,7 +1,8 @@
 """Every example runs: those in the docstrings, in the README and in the pages of ``docs``.
 
 In a page, blocks marked ``python`` are run in order, in one namespace; lines of ``console`` blocks that begin with
-``purecnn`` are run by the command line. Both in a folder of their own, in which the page may leave files.
+``purecnn`` are run by the command line. Both in a folder of their own, in which the page may leave files. Blocks marked
+``python compiler`` are run where there is a compiler of C++.
 """
 
 import doctest
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 import converters
 import purecnn
 from converters.cli import app
+from tests.table import COMPILER
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -25,7 +27,7 @@ MODULES = sorted(
     for package in (purecnn, converters)
     for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
 )
-BLOCK = re.compile(r"^```(python|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```(python|python compiler|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -42,7 +44,9 @@ def test_page(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     for block in BLOCK.finditer(text):
         line = text[: block.start()].count("\n") + 1
         kind, code = block.groups()
-        if kind == "python":
+        if kind == "python compiler" and not COMPILER:
+            continue
+        if kind != "console":
             # The empty lines let an error name the line in the page.
             exec(compile("\n" * line + code, str(page), "exec"), namespace)
         else:

@@ -1,0 +1,288 @@
+"""Networks and functions as files that other programs run.
+
+    whole = program(model, params, state)            # a batch of images of any size -> logits
+    save_onnx("model.onnx", whole)                   # for ONNX Runtime and others
+    save_program("model.pt2", whole)                 # for torch.export.load, ExecuTorch and others
+    package("step.pt2", step, train_state, batch)    # compiled: nothing is traced any more when it is loaded
+    step = load("step.pt2")
+
+Everything here is pure functions, so what a file does is what the function did, down to the gradients and the update of
+a training step.
+"""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
+from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+
+from converters.files import FileError
+from purecnn import Model
+from purecnn.files import replacing
+from purecnn.tree import Tree
+
+Notes: TypeAlias = Mapping[str, str]
+
+_ABOUT = "purecnn"
+"""Where a package's metadata hold the names of what goes in and comes out."""
+
+# A package is compiled once, so headers compiled in advance do not pay, and its wrapper only calls what does the work.
+_OPTIONS = {"aot_inductor.precompile_headers": False, "aot_inductor.compile_wrapper_opt_level": "O0"}
+
+
+class ExportError(ValueError):
+    """A function cannot be exported, or a package is called with other arguments than it was made for."""
+
+
+class _Called(nn.Module):
+    """torch.export takes modules alone."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *arguments: Any) -> Any:
+        return self.function(*arguments)
+
+
+def program(model: Model, params: Tree, state: Tree, *, image_size: int | None = None) -> ExportedProgram:
+    """A network in evaluation, weights inside: images (batch, channels, height, width) to logits (batch, classes).
+
+    The batch is open, height and width are ``image_size``, by default the model's. Logits equal those of
+    ``model.apply`` bit for bit.
+
+    >>> import purecnn
+    >>> model = purecnn.create("lenet5")
+    >>> params, state = model.init(purecnn.random.key(0))
+    >>> program(model, params, state).module()(torch.zeros(3, 1, 32, 32)).shape
+    torch.Size([3, 10])
+    """
+
+    def logits(images: Tensor) -> Any:
+        return model.apply(params, state, images)[0]
+
+    result = _open(logits, (example(model, params, image_size),))
+    result.example_inputs = None  # zeros, which would be written into the file
+    return result
+
+
+def example(model: Model, params: Tree, image_size: int | None = None) -> Tensor:
+    """Two black images as a network takes them: of its size, and of its parameters' type and device."""
+    weight = next(leaf for leaf in _leaves((params,)).values() if leaf.is_floating_point())
+    size = image_size or model.image_size
+    return weight.new_zeros(2, model.in_channels, size, size)
+
+
+class _Watch(TorchFunctionMode):
+    """Whether anything was computed inside of a transformation."""
+
+    transformed = False
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.transformed |= peek_interpreter_stack() is not None
+        return function(*args, **(kwargs or {}))
+
+
+def _open(function: Callable[..., Any], arguments: tuple[Tensor, ...]) -> ExportedProgram:
+    """The function's program, whose arguments may have any number of rows.
+
+    torch.export writes down what happens before the transformations are carried out, and loses them silently.
+    """
+    batch = Dim("batch")
+    with torch.no_grad():
+        with _Watch() as watch:
+            function(*arguments)
+        if watch.transformed:
+            raise ExportError("a batch of open size is for functions without torch.func's transformations inside")
+        shapes = (tuple({0: batch} for _ in arguments),)
+        return torch.export.export(_Called(function), arguments, dynamic_shapes=shapes, strict=False)
+
+
+def save_program(path: str | os.PathLike[str], program: ExportedProgram, notes: Notes | None = None) -> None:
+    """Write a program for ``torch.export.load``, wholly or not at all.
+
+    Args:
+        path: the file, ``.pt2``; what is there is replaced.
+        program: of `program`, or of ``torch.export.export``.
+        notes: texts to keep in the file, by names such as ``"classes"``: ``torch.export.load(path, extra_files=...)``.
+
+    Raises:
+        FileError: if the name has another ending.
+    """
+    _check_ending(path, ".pt2")
+    with replacing(path) as file:
+        torch.export.save(program, file, extra_files=dict(notes or {}))
+
+
+def save_onnx(path: str | os.PathLike[str], program: ExportedProgram, notes: Notes | None = None) -> None:
+    """Write a network for ONNX Runtime and others, wholly or not at all: ``images`` to ``logits``.
+
+    Args:
+        path: the file, ``.onnx``; what is there is replaced.
+        program: of `program`.
+        notes: texts to keep in the file's ``metadata_props``, by names such as ``"classes"``.
+
+    Raises:
+        FileError: if the name has another ending.
+        ModuleNotFoundError: if ``onnx`` or ``onnxscript`` is missing.
+    """
+    _check_ending(path, ".onnx")
+    try:
+        converted = torch.onnx.export(
+            program, (), input_names=["images"], output_names=["logits"], dynamo=True, verbose=False
+        )
+    except ImportError as error:
+        raise ModuleNotFoundError('ONNX files need its packages: pip install "purecnn[onnx]"') from error
+    assert converted is not None
+    converted.model.metadata_props.update(notes or {})
+    with replacing(path) as file:
+        converted.save(file, external_data=False)
+
+
+def package(
+    path: str | os.PathLike[str],
+    function: Callable[..., Any],
+    *arguments: Any,
+    open_batch: bool = False,
+    notes: Notes | None = None,
+) -> None:
+    """Compile a pure function ahead of time, for this kind of machine and version of torch, into a file for `load`.
+
+    Any function of tensors and of trees of them: a network, ``torch.func`` derivatives of it, a whole step of
+    `purecnn.step.make_step` (with ``donate=False``, since a package takes over no memory). By AOTInductor; tensors
+    that the function closes over lie in the file. Programs of C++ can run the file without Python
+    (``torch::inductor::AOTIModelPackageLoader``); its ``purecnn`` metadata name what goes in and comes out, in order.
+
+    Args:
+        path: the file, ``.pt2``; what is there is replaced.
+        function: any; what it draws, it draws from a key among the arguments.
+        arguments: examples, which give the shapes and types.
+        open_batch: whether the first axis of every argument is a batch, of any size. For functions without
+            transformations of ``torch.func`` inside.
+        notes: texts to keep in the file's metadata, by names such as ``"classes"``.
+
+    Raises:
+        ExportError: if the function's arguments or results are not trees of tensors alone, or the batch is to be open
+            and there are transformations inside.
+        FileError: if the name has another ending.
+    """
+    _check_ending(path, ".pt2")
+    given = _leaves(arguments)
+    results: Any = None
+
+    def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
+        nonlocal results
+        byname = dict(zip(given, tensors, strict=True))
+        results = function(*_mapped(arguments, lambda name, _: byname[name]))
+        return tuple(_leaves(results).values())
+
+    tensors = tuple(given.values())
+    if open_batch:
+        whole = _open(flat, tensors)
+    else:
+        with torch.no_grad():
+            whole = torch.export.export(_Called(make_fx(lambda *tensors: flat(*tensors))(*tensors)), tensors)
+    shapes = {name: [None, *leaf.shape[1:]] if open_batch else list(leaf.shape) for name, leaf in given.items()}
+    inputs = {name: {"shape": shapes[name], "dtype": str(leaf.dtype)} for name, leaf in given.items()}
+    about = {"inputs": inputs, "outputs": _mapped(results, lambda name, _: name)}
+    metadata = {**(notes or {}), _ABOUT: json.dumps(about)}
+    with replacing(path) as file:
+        torch._inductor.aoti_compile_and_package(
+            whole, package_path=str(file), inductor_configs={**_OPTIONS, "aot_inductor.metadata": metadata}
+        )
+
+
+def load(path: str | os.PathLike[str]) -> Callable[..., Any]:
+    """The function of a file of `package`; nothing is traced or compiled.
+
+    A package is machine code: read only files that you trust.
+
+    Returns:
+        A function of arguments like the examples. Named tuples, such as a train state, come back as tuples:
+        ``TrainState(*result)``. It raises `ExportError` if the arguments have other names, shapes or types.
+
+    Raises:
+        FileError: if the file is missing, damaged or of another kind.
+    """
+    if not Path(path).is_file():
+        raise FileError(f"{path} does not exist")
+    try:
+        compiled = torch._inductor.aoti_load_package(str(path))
+        about = json.loads(compiled.get_metadata()[_ABOUT])
+    except (RuntimeError, KeyError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise FileError(f"{path} is no package for this machine and torch {torch.__version__}: {reason}") from error
+    inputs = {name: (tuple(each["shape"]), each["dtype"]) for name, each in about["inputs"].items()}
+
+    def run(*arguments: Any) -> Any:
+        given = _leaves(arguments)
+        if different := sorted(inputs.keys() ^ given.keys()):
+            raise ExportError(f"the package in {path} was made for other tensors: {', '.join(different[:5])}")
+        for name, (shape, dtype) in inputs.items():
+            leaf = given[name]
+            fits = leaf.ndim == len(shape) and all(n in (None, m) for n, m in zip(shape, leaf.shape, strict=True))
+            if not fits or str(leaf.dtype) != dtype:
+                open_shape = ", ".join("any" if n is None else str(n) for n in shape)
+                raise ExportError(
+                    f"argument {name} should be of shape ({open_shape}) and {dtype}, found {tuple(leaf.shape)} and "
+                    f"{leaf.dtype}"
+                )
+        results = compiled.loader.run([given[name] for name in inputs])
+        names = _names(about["outputs"])
+        return _restored(about["outputs"], dict(zip(names, results, strict=True)))
+
+    return run
+
+
+def _check_ending(path: str | os.PathLike[str], ending: str) -> None:
+    if Path(path).suffix != ending:
+        raise FileError(f"{path} should end in {ending}")
+
+
+def _mapped(value: Any, function: Callable[[str, Tensor], Any], path: str = "") -> Any:
+    """The same tree of dictionaries and tuples with ``function(name, tensor)`` in place of each tensor."""
+
+    def inner(name: object, part: Any) -> Any:
+        return _mapped(part, function, f"{path}.{name}" if path else str(name))
+
+    if isinstance(value, Tensor):
+        return function(path, value)
+    if isinstance(value, Mapping):
+        return {name: inner(name, part) for name, part in value.items()}
+    if isinstance(value, (tuple, list)):
+        parts = [inner(i, part) for i, part in enumerate(value)]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    raise ExportError(
+        f"a package's function takes and gives tensors and trees of them, found {type(value).__name__} at {path!r}"
+    )
+
+
+def _leaves(value: Any) -> dict[str, Tensor]:
+    """The tensors of a tree by their names."""
+    found: dict[str, Tensor] = {}
+    _mapped(value, found.__setitem__)
+    return found
+
+
+def _names(template: Any) -> list[str]:
+    """The leaves of a tree of names, in order."""
+    if isinstance(template, str):
+        return [template]
+    parts = template.values() if isinstance(template, dict) else template
+    return [name for part in parts for name in _names(part)]
+
+
+def _restored(template: Any, leaves: Mapping[str, Tensor]) -> Any:
+    """A tree of names with tensors in their place; lists are tuples."""
+    if isinstance(template, str):
+        return leaves[template]
+    if isinstance(template, dict):
+        return {name: _restored(part, leaves) for name, part in template.items()}
+    return tuple(_restored(part, leaves) for part in template)

@@ -1,0 +1,99 @@
+"""The command ``purecnn export``: a network as a file that other programs run, and the proof that it is the same."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeAlias
+
+import torch
+import typer
+from torch import Tensor
+
+from converters import export
+from converters.arguments import AsJson, load_source
+from converters.screen import notes, print_json, screen
+from converters.sources import Source
+from purecnn import Model, random
+from purecnn.fold import fold as fold_norms
+from purecnn.tree import Tree
+
+Run: TypeAlias = Callable[[Tensor], Tensor]
+
+
+def export_command(
+    source: Annotated[str, typer.Argument(help="A checkpoint, a run's folder, weights with --model, or DEFAULT.")],
+    target: Annotated[Path, typer.Argument(help="The file to write: .onnx, or .pt2 for torch.export.")],
+    model: Annotated[str | None, typer.Option("--model", help="Of weights that do not say it themselves.")] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Machine code in the .pt2, for this machine.")] = False,
+    image_size: Annotated[int | None, typer.Option(min=1, help="Side of the images, pixels; else the model's.")] = None,
+    fold: Annotated[bool, typer.Option("--fold", help="Normalisations in their convolutions, to be faster.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a network as ONNX or for torch.export: a batch of any size to logits; then run the file and compare.
+
+    The file keeps the names of the classes and how pictures are prepared.
+    """
+    if target.suffix not in (".onnx", ".pt2"):
+        raise typer.BadParameter(f"{target} should end in .onnx or .pt2", param_hint="TARGET")
+    if target.exists():
+        raise typer.BadParameter(f"{target} exists: nothing is overwritten", param_hint="TARGET")
+    if compiled and target.suffix == ".onnx":
+        raise typer.BadParameter("an .onnx file is not compiled: name a .pt2 file", param_hint="--compile")
+    found = load_source(source, model)
+    network = found.model, found.params, found.state
+    about = _about(found)
+    with notes.status("exporting"):
+        written = fold_norms(*network) if fold else network
+        images = export.example(found.model, found.params, image_size)
+        if compiled:
+            export.package(target, _logits(*written), images, open_batch=True, notes=about)
+        elif target.suffix == ".pt2":
+            export.save_program(target, export.program(*written, image_size=image_size), about)
+        else:
+            export.save_onnx(target, export.program(*written, image_size=image_size), about)
+        difference = _difference(_reader(target, compiled), _logits(*network), images.shape[1:])
+    if as_json:
+        print_json({"model": found.model.name, "file": str(target), "folded": fold, "difference": difference})
+        return
+    words = "not compared: onnxruntime is not installed"
+    if difference is not None:
+        words = f"its logits differ from purecnn's by {difference:.1e} of the largest at most"
+    screen.print(f"{found.model.name} written to {target}; {words}", soft_wrap=True)
+
+
+def _about(source: Source) -> dict[str, str]:
+    known: dict[str, Any] = {
+        "model": source.model.name,
+        "classes": source.classes,
+        "preprocessing": source.preprocessing.to_dict() if source.preprocessing else None,
+    }
+    return {name: json.dumps(value) for name, value in known.items() if value is not None}
+
+
+def _logits(model: Model, params: Tree, state: Tree) -> Run:
+    return lambda images: model.apply(params, state, images)[0]
+
+
+def _difference(run: Run | None, network: Run, shape: torch.Size) -> float | None:
+    """How far the file's logits are from the network's, in shares of the largest, for one image and for three."""
+    if run is None:
+        return None
+    shares = []
+    for count in (1, 3):
+        images = random.normal(random.key(count), (count, *shape))
+        with torch.no_grad():
+            expected = network(images)
+            shares.append(float((run(images) - expected).abs().max() / expected.abs().max()))
+    return max(shares)
+
+
+def _reader(path: Path, compiled: bool) -> Run | None:
+    if path.suffix == ".pt2":
+        result: Run = export.load(path) if compiled else torch.export.load(path).module()
+        return result
+    try:
+        from onnxruntime import InferenceSession
+    except ImportError:
+        return None
+    session = InferenceSession(path)
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])

@@ -1,0 +1,224 @@
+"""Files of networks and functions do what the functions do."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import grad, vmap
+from torch.testing import assert_close
+
+import purecnn
+from converters import checkpoint, export
+from converters.export import ExportError
+from converters.files import FileError
+from purecnn import random
+from purecnn.optimizers import sgd
+from purecnn.step import TrainState, make_step
+from tests.table import CASES, COMPILER, Case
+from tests.test_cli import call, fails
+
+onnxruntime = pytest.importorskip("onnxruntime")
+
+compiles = pytest.mark.skipif(not COMPILER, reason="packages need a compiler of C++")
+LENET = purecnn.create("lenet5")
+KEY = random.key(0)
+
+
+def run_onnx(path: Path, images: Tensor) -> Tensor:
+    return torch.from_numpy(onnxruntime.InferenceSession(path).run(None, {"images": images.numpy()})[0])
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_every_family_as_program_and_as_onnx(case: Case, tmp_path: Path) -> None:
+    model = case.model()
+    params, state = model.init(KEY)
+    program = export.program(model, params, state, image_size=case.image_size)
+    export.save_onnx(tmp_path / "model.onnx", program)
+    for batch in (1, 3):
+        images = case.images(batch)
+        expected = model.apply(params, state, images)[0]
+        assert torch.equal(program.module()(images), expected)
+        # ONNX Runtime sums in another order.
+        bound = 1e-5 * float(expected.abs().max())
+        assert_close(run_onnx(tmp_path / "model.onnx", images), expected, rtol=0, atol=bound)
+
+
+def test_files_keep_notes(tmp_path: Path) -> None:
+    params, state = LENET.init(KEY)
+    program = export.program(LENET, params, state)
+    export.save_onnx(tmp_path / "model.onnx", program, {"classes": "0 to 9"})
+    export.save_program(tmp_path / "model.pt2", program, {"classes": "0 to 9"})
+    metadata = onnxruntime.InferenceSession(tmp_path / "model.onnx").get_modelmeta().custom_metadata_map
+    assert metadata["classes"] == "0 to 9"
+    extra = {"classes": ""}
+    loaded = torch.export.load(tmp_path / "model.pt2", extra_files=extra)
+    assert extra == {"classes": "0 to 9"}
+    images = random.normal(KEY, (5, 1, 32, 32))
+    assert torch.equal(loaded.module()(images), LENET.apply(params, state, images)[0])
+
+
+def arguments() -> tuple[TrainState, tuple[Tensor, Tensor], Tensor]:
+    params, state = LENET.init(KEY)
+    batch = random.normal(random.key(1), (4, 1, 32, 32)), torch.tensor([3, 1, 4, 1])
+    return TrainState.start(params, state, sgd(0.1, momentum=0.9)), batch, random.key(2)
+
+
+@pytest.fixture(scope="module")
+def packaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("export") / "step.pt2"
+    export.package(path, make_step(LENET, sgd(0.1, momentum=0.9)), *arguments(), notes={"who": "lenet"})
+    return path
+
+
+@compiles
+def test_package_of_a_whole_step_trains_as_the_step_does(packaged: Path) -> None:
+    step, loaded = make_step(LENET, sgd(0.1, momentum=0.9)), export.load(packaged)
+    train_state, batch, key = arguments()
+    ours, theirs = train_state, train_state
+    for _ in range(3):
+        ours, metrics = step(ours, batch, key)
+        result, measured = loaded(theirs, batch, key)
+        theirs = TrainState(*result)
+        assert_close(tuple(measured), tuple(metrics))
+    assert int(theirs.step) == 3
+    assert_close(theirs.params, ours.params)
+    assert_close(theirs.opt_state, ours.opt_state)
+
+
+@compiles
+def test_package_goes_by_names_not_by_order(packaged: Path) -> None:
+    def backwards(branch: Any) -> Any:
+        return (
+            {name: backwards(part) for name, part in reversed(branch.items())} if isinstance(branch, dict) else branch
+        )
+
+    loaded = export.load(packaged)
+    train_state, batch, key = arguments()
+    turned = TrainState(*map(backwards, train_state))
+    assert list(turned.params) != list(train_state.params)
+    assert_close(loaded(turned, batch, key)[0], loaded(train_state, batch, key)[0], rtol=0, atol=0)
+
+
+@compiles
+def test_package_refuses_other_arguments(packaged: Path) -> None:
+    loaded = export.load(packaged)
+    train_state, (images, labels), key = arguments()
+    with pytest.raises(ExportError, match=r"argument 1.0 should be of shape \(4, 1, 32, 32\).* found \(3, 1, 32, 32\)"):
+        loaded(train_state, (images[:3], labels), key)
+    with pytest.raises(ExportError, match=r"argument 1.0 should .*float32, found .*float64"):
+        loaded(train_state, (images.double(), labels), key)
+    with pytest.raises(ExportError, match=r"made for other tensors: 0\.0\.head"):
+        loaded(train_state._replace(params={**train_state.params, "head": {}}), (images, labels), key)
+    with pytest.raises(ExportError, match=r"found float at '1\.1'"):
+        loaded(train_state, (images, 1.0), key)
+
+
+@compiles
+def test_package_with_a_batch_of_open_size(tmp_path: Path) -> None:
+    params, state = LENET.init(KEY)
+    path = tmp_path / "logits.pt2"
+    export.package(
+        path, lambda images: LENET.apply(params, state, images)[0], torch.zeros(2, 1, 32, 32), open_batch=True
+    )
+    loaded = export.load(path)
+    for count in (1, 2, 7):
+        images = random.normal(KEY, (count, 1, 32, 32))
+        assert_close(loaded(images), LENET.apply(params, state, images)[0])
+    with pytest.raises(ExportError, match=r"shape \(any, 1, 32, 32\)"):
+        loaded(torch.zeros(2, 3, 32, 32))
+
+
+@compiles
+def test_package_of_mapped_derivatives(tmp_path: Path) -> None:
+    params = {"w": torch.tensor([1.0, 2.0]), "still": torch.tensor(3.0)}
+
+    def loss(params: dict[str, Tensor], image: Tensor) -> Tensor:
+        return (params["w"] * image).sum().tanh() + params["still"].detach()
+
+    def each(params: dict[str, Tensor], images: Tensor) -> dict[str, Any]:
+        return {"grads": vmap(grad(loss), (None, 0))(params, images), "given": [params["still"]]}
+
+    images = random.normal(KEY, (3, 2))
+    export.package(tmp_path / "each.pt2", each, params, images)
+    found, expected = export.load(tmp_path / "each.pt2")(params, images), each(params, images)
+    assert_close(found["grads"], expected["grads"])
+    assert found["given"] == (params["still"],)
+
+
+def test_what_cannot_be_exported_is_named(tmp_path: Path) -> None:
+    images = torch.zeros(2, 3)
+    with pytest.raises(ExportError, match=r"without torch\.func's transformations"):
+        export.package(tmp_path / "x.pt2", lambda x: grad(lambda x: (x**2).sum())(x), images, open_batch=True)
+    with pytest.raises(ExportError, match=r"found int at '1'"):
+        export.package(tmp_path / "x.pt2", torch.sum, images, 1)
+    for write in (export.save_onnx, export.save_program):
+        with pytest.raises(FileError, match="should end in"):
+            write(tmp_path / "x.bin", None)  # type: ignore[arg-type]
+    with pytest.raises(FileError, match=r"should end in \.pt2"):
+        export.package(tmp_path / "x.so", torch.sum, images)
+    assert not list(tmp_path.iterdir())
+
+
+def test_load_of_what_is_no_package(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt2"
+    with pytest.raises(FileError, match="does not exist"):
+        export.load(path)
+    path.write_bytes(b"nothing")
+    with pytest.raises(FileError, match="is no package"):
+        export.load(path)
+    params, state = LENET.init(KEY)
+    export.save_program(path, export.program(LENET, params, state))
+    with pytest.raises(FileError, match="is no package"):
+        export.load(path)
+
+
+# The command ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkpointed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    params, state = LENET.init(KEY)
+    checkpoint.save("lenet.safetensors", LENET, params, state, classes=[f"digit {i}" for i in range(10)])
+    return tmp_path
+
+
+@pytest.mark.parametrize("words", [("x.onnx",), ("x.pt2",), ("x.onnx", "--fold"), ("y.onnx", "--image-size", "32")])
+def test_export(checkpointed: Path, words: tuple[str, ...]) -> None:
+    result = call("export", "lenet.safetensors", *words, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["difference"] < 1e-5
+    assert (checkpointed / words[0]).is_file()
+
+
+@compiles
+def test_export_compiled(checkpointed: Path) -> None:
+    result = call("export", "lenet.safetensors", "x.pt2", "--compile")
+    assert result.exit_code == 0, result.output
+    assert "lenet5 written to x.pt2; its logits differ" in result.output
+    assert export.load("x.pt2")(torch.zeros(5, 1, 32, 32)).shape == (5, 10)
+
+
+def test_exported_file_knows_its_classes(checkpointed: Path) -> None:
+    assert call("export", "lenet.safetensors", "x.onnx").exit_code == 0
+    found = onnxruntime.InferenceSession("x.onnx").get_modelmeta().custom_metadata_map
+    assert json.loads(found["classes"])[3] == "digit 3"
+    assert json.loads(found["model"]) == "lenet5"
+
+
+def test_export_refuses(
+    checkpointed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*words: str) -> str:
+        code, error = fails(capsys, monkeypatch, "export", "lenet.safetensors", *words)
+        assert code == 2
+        return error
+
+    assert "should end in .onnx or .pt2" in refused("x.bin")
+    assert "an .onnx file is not compiled" in refused("x.onnx", "--compile")
+    (checkpointed / "x.onnx").write_text("mine")
+    assert "x.onnx exists: nothing is overwritten" in refused("x.onnx")
+    assert (checkpointed / "x.onnx").read_text() == "mine"
