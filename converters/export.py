@@ -12,7 +12,7 @@ a training step.
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -190,8 +190,11 @@ def package(
         with torch.no_grad():
             whole = torch.export.export(_Called(make_fx(lambda *tensors: flat(*tensors))(*tensors)), tensors)
     shapes = {name: [None, *leaf.shape[1:]] if open_batch else list(leaf.shape) for name, leaf in given.items()}
-    inputs = {name: {"shape": shapes[name], "dtype": str(leaf.dtype)} for name, leaf in given.items()}
-    about = {"inputs": inputs, "outputs": _mapped(results, lambda name, _: name)}
+    about = {
+        "arguments": _mapped(arguments, lambda name, _: name),
+        "tensors": [{"name": name, "shape": shapes[name], "dtype": str(leaf.dtype)} for name, leaf in given.items()],
+        "results": _mapped(results, lambda name, _: name),
+    }
     metadata = {**(notes or {}), _ABOUT: json.dumps(about)}
     with replacing(path) as file:
         torch._inductor.aoti_compile_and_package(
@@ -219,26 +222,32 @@ def load(path: str | os.PathLike[str]) -> Callable[..., Any]:
     except (RuntimeError, KeyError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise FileError(f"{path} is no package for this machine and torch {torch.__version__}: {reason}") from error
-    inputs = {name: (tuple(each["shape"]), each["dtype"]) for name, each in about["inputs"].items()}
+    template, expected, results = about["arguments"], about["tensors"], about["results"]
+    shapes = [tuple(each["shape"]) for each in expected]
+    dtypes = [getattr(torch, each["dtype"].removeprefix("torch.")) for each in expected]
 
     def run(*arguments: Any) -> Any:
-        given = _leaves(arguments)
-        if different := sorted(inputs.keys() ^ given.keys()):
-            raise ExportError(f"the package in {path} was made for other tensors: {', '.join(different[:5])}")
-        for name, (shape, dtype) in inputs.items():
-            leaf = given[name]
-            fits = leaf.ndim == len(shape) and all(n in (None, m) for n, m in zip(shape, leaf.shape, strict=True))
-            if not fits or str(leaf.dtype) != dtype:
-                open_shape = ", ".join("any" if n is None else str(n) for n in shape)
-                raise ExportError(
-                    f"argument {name} should be of shape ({open_shape}) and {dtype}, found {tuple(leaf.shape)} and "
-                    f"{leaf.dtype}"
-                )
-        results = compiled.loader.run([given[name] for name in inputs])
-        names = _names(about["outputs"])
-        return _restored(about["outputs"], dict(zip(names, results, strict=True)))
+        tensors: list[Tensor] = []
+        # What follows is all that a call costs on the host; why something does not fit is found out afterwards.
+        if not _collect(template, arguments, tensors):
+            different = {each["name"] for each in expected} ^ _leaves(arguments).keys()
+            raise ExportError(f"the package in {path} was made for other tensors: {', '.join(sorted(different)[:5])}")
+        if [leaf.dtype for leaf in tensors] != dtypes or [leaf.shape for leaf in tensors] != shapes:
+            for leaf, each, shape, dtype in zip(tensors, expected, shapes, dtypes, strict=True):
+                _check(each["name"], leaf, shape, dtype)
+        found = iter(compiled.loader.boxed_run(tensors))
+        return _filled(results, found)
 
     return run
+
+
+def _check(name: str, leaf: Tensor, shape: tuple[int | None, ...], dtype: torch.dtype) -> None:
+    fits = leaf.ndim == len(shape) and all(n in (None, m) for n, m in zip(shape, leaf.shape, strict=True))
+    if not fits or leaf.dtype != dtype:
+        words = ", ".join("any" if n is None else str(n) for n in shape)
+        raise ExportError(
+            f"argument {name} should be of shape ({words}) and {dtype}, found {tuple(leaf.shape)} and {leaf.dtype}"
+        )
 
 
 def _check_ending(path: str | os.PathLike[str], ending: str) -> None:
@@ -271,18 +280,29 @@ def _leaves(value: Any) -> dict[str, Tensor]:
     return found
 
 
-def _names(template: Any) -> list[str]:
-    """The leaves of a tree of names, in order."""
-    if isinstance(template, str):
-        return [template]
-    parts = template.values() if isinstance(template, dict) else template
-    return [name for part in parts for name in _names(part)]
+def _collect(template: Any, value: Any, found: list[Tensor]) -> bool:
+    """Append the tensors of a tree in the template's order; False if it has others."""
+    if isinstance(template, dict):
+        fits = isinstance(value, Mapping) and value.keys() == template.keys()
+    else:
+        fits = isinstance(value, (tuple, list)) and len(value) == len(template)
+    if not fits:
+        return False
+    for name, part in template.items() if isinstance(template, dict) else enumerate(template):
+        each = value[name]
+        if isinstance(part, str):
+            if not isinstance(each, Tensor):
+                return False
+            found.append(each)
+        elif not _collect(part, each, found):
+            return False
+    return True
 
 
-def _restored(template: Any, leaves: Mapping[str, Tensor]) -> Any:
+def _filled(template: Any, leaves: Iterator[Tensor]) -> Any:
     """A tree of names with tensors in their place; lists are tuples."""
     if isinstance(template, str):
-        return leaves[template]
+        return next(leaves)
     if isinstance(template, dict):
-        return {name: _restored(part, leaves) for name, part in template.items()}
-    return tuple(_restored(part, leaves) for part in template)
+        return {name: _filled(part, leaves) for name, part in template.items()}
+    return tuple([_filled(part, leaves) for part in template])

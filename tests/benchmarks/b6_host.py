@@ -4,12 +4,15 @@ The bare operators are torchvision's calls of torch's functions one after the ot
 modules, trees or names. What a call takes beyond them is its *overhead*: ours beside a module's, and beside that of
 ``functional_call``, which puts every tensor into its module and takes it out again.
 
-Where JAX is installed, LeNet-5 is also written in it, and compiled by ``jax.jit``.
+Where JAX is installed, LeNet-5 is also written in it, and compiled by ``jax.jit``. What is compiled of ours is a
+package, made ahead of time (`converters.export`), where there is a compiler of C++.
 """
 
 import functools
 import statistics
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,12 +23,14 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 import purecnn
+from converters import export
 from purecnn import random, tree
 from purecnn.capture import captured
 from purecnn.optimizers import sgd
 from purecnn.training import TrainState, make_step
 from purecnn.tree import Tree
 from tests.benchmarks.race import Row, Setting, check, images, pair, rows, signed, take_turns
+from tests.table import COMPILER
 
 WHAT = "host cost of a call and of a step"
 NEEDS_GPU = False
@@ -130,6 +135,12 @@ def evaluation(setting: Setting, name: str, build: Build, batch: int) -> Iterato
             peers = {**peers, "jax.jit": compiled[0]}
         what = f"{name}, call, batch {batch}"
         yield from rows(setting, "B6", what, ours, peers, goals=GOALS, asynchronous=setting.cuda)
+        packaged = package(setting, lambda *trees: model.apply(*trees)[0], params, state, x)
+        if packaged is not None:
+            check(packaged(params, state, x), module(x))
+            ready = functools.partial(packaged, params, state, x)
+            what = f"{name}, call as a package, batch {batch}"
+            yield from rows(setting, "B6", what, ready, peers, goals=GOALS, asynchronous=setting.cuda)
         if batch > 1:
             return
         peers = {peer: run for peer, run in peers.items() if peer != "jax.jit"}
@@ -142,18 +153,29 @@ def evaluation(setting: Setting, name: str, build: Build, batch: int) -> Iterato
             yield signed(setting, row)
 
 
-def training(setting: Setting, name: str, build: Build, batch: int) -> list[Row]:
+def package(setting: Setting, function: Callable[..., Any], *arguments: Any) -> Callable[..., Any] | None:
+    """The function, compiled ahead of time; None at toy size, since to compile takes longer than all else."""
+    if setting.toy or not COMPILER:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        export.package(Path(folder, "package.pt2"), function, *arguments)
+        return export.load(Path(folder, "package.pt2"))
+
+
+def training(setting: Setting, name: str, build: Build, batch: int) -> Iterator[Row]:
     """SGD with momentum, donated, against the loop that everybody writes, and against ``torch.func``."""
     model, params, state, module = build(setting.device)
     module.train()
     x, labels = images(setting, batch, 32, model.in_channels, classes=10)
     if batch == 1 and state:
-        return []  # the last images are of one pixel, of which there are no statistics
+        return  # the last images are of one pixel, of which there are no statistics
     optimizer = sgd(RATE, momentum=0.9)
     reference = torch.optim.SGD(module.parameters(), lr=RATE, momentum=0.9)
     step = make_step(model, optimizer, donate=True)
     step = captured(step) if setting.cuda else step
     train_state = TrainState.start(tree.map(torch.clone, params), state, optimizer)
+    packaged = package(setting, make_step(model, optimizer), train_state, (x, labels))
+    packaged_state: Any = (tree.map(torch.clone, params), *train_state[1:])
     functional = {path: leaf.detach().clone() for path, leaf in module.named_parameters()}
     momenta = {path: torch.zeros_like(leaf) for path, leaf in functional.items()}
     buffers = {path: leaf.clone() for path, leaf in module.named_buffers()}
@@ -180,6 +202,12 @@ def training(setting: Setting, name: str, build: Build, batch: int) -> list[Row]
         functional = {path: leaf - RATE * momenta[path] for path, leaf in functional.items()}
         return loss
 
+    def ready() -> Tensor:
+        nonlocal packaged_state
+        assert packaged is not None
+        packaged_state, (loss, _) = packaged(packaged_state, (x, labels))
+        return loss
+
     losses = ours(), eager()
     check(*losses)
     peers = {"nn.Module": eager}
@@ -190,7 +218,11 @@ def training(setting: Setting, name: str, build: Build, batch: int) -> list[Row]
     if not buffers:  # running statistics in place are refused under torch.func
         check(losses[0], through_func())
         peers["functional_call"] = through_func
-    return rows(setting, "B6", f"{name}, step, batch {batch}", ours, peers, goals=GOALS, asynchronous=setting.cuda)
+    yield from rows(setting, "B6", f"{name}, step, batch {batch}", ours, peers, goals=GOALS, asynchronous=setting.cuda)
+    if packaged is not None:
+        check(losses[0], ready())
+        what = f"{name}, step as a package, batch {batch}"
+        yield from rows(setting, "B6", what, ready, peers, goals=GOALS, asynchronous=setting.cuda)
 
 
 def _jax(params: Tree, x: Tensor, labels: Tensor | None = None) -> tuple[Callable[[], Any], Callable[[], Any]] | None:

@@ -1,7 +1,8 @@
 """B8: time from nothing to the first step's result, with ``torch.compile``: caches empty (cold) and full (warm).
 
-Each trial is a process of its own, because a compiler that has run once has its own code and tables in memory. A third
-row of each network reads our compiled function from a file, so that nothing is traced, beside the peer's full caches.
+Each trial is a process of its own, because a compiler that has run once has its own code and tables in memory. Further
+rows are of our function as a package (`converters.export`): cold, to make it and run it; warm, to load it, where
+nothing is traced; beside the peer's ``torch.compile``, cold and with full caches.
 """
 
 import json
@@ -22,22 +23,21 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(setting: Setting) -> Iterator[Row]:
+    sides = setting.pick(("ours", "torchvision", "packaged"), ("ours", "torchvision"))
     for name in setting.pick(("resnet18", "mobilenet_v2"), ("squeezenet1_1",)):
         times: dict[str, dict[str, float]] = {}
         with tempfile.TemporaryDirectory() as folder:
             for state in ("cold", "warm"):
                 # Each side has a cache of its own; the second trial finds what the first has left.
-                times[state] = {
-                    side: _trial(setting, name, side, Path(folder) / side) for side in ("ours", "torchvision", "loaded")
-                }
-        for what, state, side, goal in (
-            ("cold", "cold", "ours", 0.5),
-            ("warm", "warm", "ours", 0.3),
-            ("warm, from a file", "warm", "loaded", 0.3),
-        ):
-            ours, theirs = times[state][side], times[state]["torchvision"]
-            row = Row("B8", f"{name}, first step, {what}", "torch.compile(torchvision)", ours, theirs, goal)
-            yield signed(setting, row._replace(ratio=ours / theirs, rounds=1))
+                times[state] = {side: _trial(setting, name, side, Path(folder) / side) for side in sides}
+        for side, suffix in {"ours": "", "packaged": ", as a package"}.items():
+            for state, goal in {"cold": 0.5, "warm": 0.3}.items():
+                if side not in sides:
+                    continue
+                ours, theirs = times[state][side], times[state]["torchvision"]
+                what = f"{name}, first step, {state}{suffix}"
+                row = Row("B8", what, "torch.compile(torchvision)", ours, theirs, goal)
+                yield signed(setting, row._replace(ratio=ours / theirs, rounds=1))
 
 
 def _trial(setting: Setting, name: str, side: str, cache: Path) -> float:
@@ -55,14 +55,15 @@ def _now(clock: str) -> float:
     return time.perf_counter() if clock == "wall" else sum(os.times()[:4])
 
 
-def first_step(name: str, side: str, device: str, toy: bool, clock: str = "wall", file: Path | None = None) -> float:
+def first_step(name: str, side: str, device: str, toy: bool, clock: str = "wall", cache: str = ".") -> float:
     """Milliseconds from a network to the result of its first gradient; imports and the network itself aside.
 
-    With a ``file``, our compiled function is read from there, and written before that if it is not there.
+    A package is made in ``cache`` if there is none yet.
     """
     import torch
     import torch.nn.functional as F
 
+    from converters import export
     from purecnn import tree
     from tests.benchmarks.race import images, pair
 
@@ -72,7 +73,6 @@ def first_step(name: str, side: str, device: str, toy: bool, clock: str = "wall"
     module.train()
     x, labels = images(setting, 4, 64, classes=10)
     backend = "eager" if toy else "inductor"
-    given = {"model": model}  # a network's functions are closures, which do not fit into a file
     leaves = {path: leaf.requires_grad_() for path, leaf in tree.flatten(params).items()}
 
     def ours(leaves: Any, state: Any, x: Any, labels: Any) -> Any:
@@ -84,15 +84,12 @@ def first_step(name: str, side: str, device: str, toy: bool, clock: str = "wall"
 
     torch.ones(1, device=device)
     begin = _now(clock)
-    if file is not None:
+    if side == "packaged":
+        file = Path(cache, "gradient.pt2")
         if not file.exists():
-            compiled: Any = torch.compile(ours, fullgraph=True, backend="aot_eager" if toy else backend)
-            file.parent.mkdir(exist_ok=True)
-            compiled.aot_compile(((leaves, state, x, labels), {})).save_compiled_function(file, given)
-        with file.open("rb") as stream:
-            read = torch.compiler.load_compiled_function(stream, external_data=given)
-        loss, _ = read(leaves, state, x, labels)
-        grads = torch.autograd.grad(loss, list(leaves.values()))
+            export.package(file, torch.func.grad_and_value(ours, has_aux=True), leaves, state, x, labels)
+        found, (loss, _) = export.load(file)(leaves, state, x, labels)
+        grads = tuple(found.values())
     elif side == "ours":
         loss, _ = torch.compile(ours, fullgraph=True, backend=backend)(leaves, state, x, labels)
         grads = torch.autograd.grad(loss, list(leaves.values()))
@@ -106,5 +103,4 @@ def first_step(name: str, side: str, device: str, toy: bool, clock: str = "wall"
 
 if __name__ == "__main__":
     name, side, device, toy, clock, cache = sys.argv[1:]
-    file = Path(cache) / "compiled" if side == "loaded" else None
-    print(first_step(name, side, device, json.loads(toy), clock, file))
+    print(first_step(name, side, device, json.loads(toy), clock, cache))
