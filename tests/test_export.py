@@ -132,20 +132,25 @@ def test_package_with_a_batch_of_open_size(tmp_path: Path) -> None:
 
 
 @compiles
-def test_package_of_mapped_derivatives(tmp_path: Path) -> None:
+def test_package_of_mapped_derivatives_with_draws_and_tensors_of_its_own(tmp_path: Path) -> None:
+    own = torch.tensor([2.0, 0.5])
     params = {"w": torch.tensor([1.0, 2.0]), "still": torch.tensor(3.0)}
 
-    def loss(params: dict[str, Tensor], image: Tensor) -> Tensor:
-        return (params["w"] * image).sum().tanh() + params["still"].detach()
+    def loss(params: dict[str, Tensor], image: Tensor, key: Tensor) -> Tensor:
+        noise = random.normal(key, (2,))
+        return (params["w"] * own * image + noise).sum().tanh() + params["still"].detach()
 
-    def each(params: dict[str, Tensor], images: Tensor) -> dict[str, Any]:
-        return {"grads": vmap(grad(loss), (None, 0))(params, images), "given": [params["still"]]}
+    def each(params: dict[str, Tensor], images: Tensor, key: Tensor) -> dict[str, Any]:
+        grads = vmap(grad(loss), (None, 0, 0))(params, images, random.split(key, 3))
+        return {"grads": grads, "given": [params["still"]]}
 
     images = random.normal(KEY, (3, 2))
-    export.package(tmp_path / "each.pt2", each, params, images)
-    found, expected = export.load(tmp_path / "each.pt2")(params, images), each(params, images)
-    assert_close(found["grads"], expected["grads"])
-    assert found["given"] == (params["still"],)
+    export.package(tmp_path / "each.pt2", each, params, images, KEY)
+    loaded = export.load(tmp_path / "each.pt2")
+    for key in (KEY, random.key(1)):
+        found, expected = loaded(params, images, key), each(params, images, key)
+        assert_close(found["grads"], expected["grads"])
+        assert found["given"] == (params["still"],)
 
 
 def test_what_cannot_be_exported_is_named(tmp_path: Path) -> None:
