@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 from converters.files import FileError
 from purecnn import Model
 from purecnn.files import replacing
+from purecnn.step import NO_LAYOUT
 from purecnn.tree import Tree
 
 Notes: TypeAlias = Mapping[str, str]
@@ -34,7 +35,7 @@ _ABOUT = "purecnn"
 """Where a package's metadata hold the names of what goes in and comes out."""
 
 # A package is compiled once, so headers compiled in advance do not pay, and its wrapper only calls what does the work.
-_OPTIONS = {"aot_inductor.precompile_headers": False, "aot_inductor.compile_wrapper_opt_level": "O0"}
+_OPTIONS: dict[str, Any] = {"aot_inductor.precompile_headers": False, "aot_inductor.compile_wrapper_opt_level": "O0"}
 
 
 class ExportError(ValueError):
@@ -188,18 +189,23 @@ def package(
         whole = _open(flat, tensors)
     else:
         with torch.no_grad():
-            whole = torch.export.export(_Called(make_fx(lambda *tensors: flat(*tensors))(*tensors)), tensors)
+            whole = torch.export.export(_Called(make_fx(flat)(*tensors)), tensors)
     shapes = {name: [None, *leaf.shape[1:]] if open_batch else list(leaf.shape) for name, leaf in given.items()}
     about = {
         "arguments": _mapped(arguments, lambda name, _: name),
         "tensors": [{"name": name, "shape": shapes[name], "dtype": str(leaf.dtype)} for name, leaf in given.items()],
         "results": _mapped(results, lambda name, _: name),
     }
-    metadata = {**(notes or {}), _ABOUT: json.dumps(about)}
+    options = {**_OPTIONS, "aot_inductor.metadata": {**(notes or {}), _ABOUT: json.dumps(about)}}
+    if all(leaf.is_cpu for leaf in tensors) and _is_backward(whole):
+        options |= NO_LAYOUT
     with replacing(path) as file:
-        torch._inductor.aoti_compile_and_package(
-            whole, package_path=str(file), inductor_configs={**_OPTIONS, "aot_inductor.metadata": metadata}
-        )
+        torch._inductor.aoti_compile_and_package(whole, package_path=str(file), inductor_configs=options)
+
+
+def _is_backward(program: ExportedProgram) -> bool:
+    """Whether convolutions are differentiated in it."""
+    return any(node.target is torch.ops.aten.convolution_backward.default for node in program.graph.nodes)
 
 
 def load(path: str | os.PathLike[str]) -> Callable[..., Any]:

@@ -8,7 +8,7 @@ train_state, metrics = step(train_state, (images, labels), key)
 
 import functools
 from collections.abc import Callable
-from typing import Literal, NamedTuple, Protocol, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,10 @@ Batch = tuple[Tensor, Tensor]
 class (batch, classes)."""
 Trainable = Callable[[str], bool]
 """Whether a parameter is trained, by its path, such as ``lambda path: path.startswith("head.")``."""
+
+NO_LAYOUT: dict[str, Any] = {"layout_optimization": False}
+"""For the compiler of gradients on a CPU: it would turn the weights of all convolutions to channels last in each step,
+which costs more than it gives there (``docs/performance.md``)."""
 
 # By names, because the compiler cannot subscript types in functions inside of functions.
 _Leaves: TypeAlias = dict[str, Tensor]
@@ -231,8 +235,8 @@ def make_step(
         return dict(zip(leaves, found, strict=True)), tree.map(torch.detach, after), Metrics(value.detach(), correct)
 
     @functools.cache  # at the first use: to import the compiler takes seconds
-    def compiled() -> Callable[..., tuple[_Leaves, Tree, Metrics]]:
-        return torch.compile(gradient, fullgraph=True)
+    def compiled(on_cpu: bool) -> Callable[..., tuple[_Leaves, Tree, Metrics]]:
+        return torch.compile(gradient, fullgraph=True, options=NO_LAYOUT if on_cpu else None)
 
     # The last gradients stay until the next step begins. If they were freed after the update, the C library would give
     # their memory back to the system, and the next step would lose up to a tenth of its time to get it again.
@@ -243,7 +247,7 @@ def make_step(
         trained, frozen = partition(params, trainable)
         # Compilation is for the outermost function: inside another's it is superfluous, inside vmap impossible.
         wanted = count.is_cuda and not remat if compile is None else compile
-        run = compiled() if wanted and not is_transformed() else gradient
+        run = compiled(count.is_cpu) if wanted and not is_transformed() else gradient
         spare.clear()
         if scaled and "loss_scale" not in extra:
             raise ValueError("the loss has no scale yet: begin with TrainState.start(..., policy=policy)")

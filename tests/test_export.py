@@ -46,6 +46,7 @@ def test_every_family_as_program_and_as_onnx(case: Case, tmp_path: Path) -> None
         assert_close(run_onnx(tmp_path / "model.onnx", images), expected, rtol=0, atol=bound)
 
 
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # PyTorch 2.11 reads its file so
 def test_files_keep_notes(tmp_path: Path) -> None:
     params, state = LENET.init(KEY)
     program = export.program(LENET, params, state)
@@ -191,6 +192,7 @@ def checkpointed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")
 @pytest.mark.parametrize("words", [("x.onnx",), ("x.pt2",), ("x.onnx", "--fold"), ("y.onnx", "--image-size", "32")])
 def test_export(checkpointed: Path, words: tuple[str, ...]) -> None:
     result = call("export", "lenet.safetensors", *words, "--json")

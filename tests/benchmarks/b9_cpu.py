@@ -1,11 +1,11 @@
-"""B9: a CPU, beside torchvision: evaluation, training step, initialisation, and folded inference."""
+"""B9: a CPU, beside torchvision: evaluation, training step, initialisation, folded inference, and a compiled step."""
 
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 import torchvision
-from torch import Tensor
+from torch import Tensor, nn
 
 import purecnn
 from purecnn import random, tree
@@ -26,6 +26,8 @@ def run(setting: Setting) -> Iterator[Row]:
             yield from evaluation(setting, name, batch)
             yield from training(setting, name, batch, donate=True)
             yield from training(setting, name, batch, donate=False)
+    for name in setting.pick(("resnet18", "mobilenet_v2"), ()):
+        yield from training(setting, name, 8, donate=True, compiled=True)
     yield from frozen(setting)
 
 
@@ -51,8 +53,11 @@ def evaluation(setting: Setting, name: str, batch: int) -> list[Row]:
         return result + rows(setting, "B9", what, lambda: packed.apply(own, rest, x), peers, goals=goals)
 
 
-def training(setting: Setting, name: str, batch: int, *, donate: bool) -> list[Row]:
-    """A step of SGD with momentum 0.9, against zero_grad, forward, backward and ``torch.optim.SGD.step``."""
+def training(setting: Setting, name: str, batch: int, *, donate: bool, compiled: bool = False) -> list[Row]:
+    """A step of SGD with momentum 0.9, against zero_grad, forward, backward and ``torch.optim.SGD.step``.
+
+    A compiled one also against the same loop with the module compiled.
+    """
     # Without dropout, whose masks would differ.
     quiet = {} if name.startswith("resnet") else {"dropout": 0.0}
     model, params, state, module = pair(name, **quiet)
@@ -61,25 +66,29 @@ def training(setting: Setting, name: str, batch: int, *, donate: bool) -> list[R
     rate = 1e-4  # the weights should stay healthy, however often the same batch is seen
     reference = torch.optim.SGD(module.parameters(), lr=rate, momentum=0.9)
     optimizer = sgd(rate, momentum=0.9)
-    step = make_step(model, optimizer, donate=donate)
+    step = make_step(model, optimizer, donate=donate, compile=compiled)
     train_state = TrainState.start(params, state, optimizer)
+    faster = setting.compile(module)
 
     def ours() -> Tensor:
         nonlocal train_state
         train_state, metrics = step(train_state, (x, labels))
         return metrics.loss
 
-    def peer() -> Tensor:
+    def peer(module: nn.Module = module) -> Tensor:
         reference.zero_grad()
         loss = F.cross_entropy(module(x), labels)
         loss.backward()  # type: ignore[no-untyped-call]
         reference.step()
         return loss
 
-    check(ours(), peer(), exact=True)  # the first loss; after it, updates differ in rounding
+    check(ours(), peer(), exact=not compiled)  # the first loss; after it, updates differ in rounding
     check(ours(), peer())
-    what = f"{name}, step, {'donating' if donate else 'pure'}, batch {batch}"
-    return rows(setting, "B9", what, ours, {"torchvision eager": peer}, goals={"torchvision eager": 1.0})
+    peers = {"torchvision eager": peer}
+    if compiled:
+        peers["torch.compile(torchvision)"] = lambda: peer(faster)
+    what = f"{name}, step, {'donating' if donate else 'pure'}{', compiled' if compiled else ''}, batch {batch}"
+    return rows(setting, "B9", what, ours, peers, goals={"torchvision eager": 1.0})
 
 
 def initialisation(setting: Setting, name: str) -> list[Row]:
