@@ -258,7 +258,11 @@ def test_failures(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch:
         (["train", "squeezenet1_1", "--from", "good.safetensors"], "a checkpoint of lenet5, not of squeezenet1_1"),
         (["train", "squeezenet1_1", "--data", "pictures"], "notes.txt"),
         (["train", "resnet18", "--data", "digits", "--image-size", "8", "--lr", "1e30", "--epochs", "1"], "loss is"),
-        (["train", "squeezenet1_1", "--data", "digits", "--image-size", "8"], "in layer"),
+        (
+            ["train", "squeezenet1_1", "--image-size", "8"],
+            "of 8 x 8 pixels are too small for squeezenet1_1, which needs",
+        ),
+        (["inspect", "alexnet", "--image-size", "4"], "of 4 x 4 pixels are too small for alexnet, which needs 63 x 63"),
         (["predict", "text.png", "--from", "good.safetensors"], "how its images are prepared"),
         (["convert", "good.safetensors", "out.pth"], "out.pth should end in .safetensors"),
     ]:
