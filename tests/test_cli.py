@@ -1,6 +1,7 @@
 """The command line, as a user calls it; what it prints, what it leaves, and its exit codes."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -141,6 +142,32 @@ def test_a_run_overwrites_nothing(folder: Path) -> None:
     assert [path.name for path in (folder / "run").iterdir()] == ["thesis.txt"]
     (folder / "x.safetensors").touch()
     assert call("convert", "x.safetensors", "x.safetensors").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("train", "lenet5", "--out"),
+        ("train", "lenet5", "--resume", "--out"),
+        ("predict", "x.png", "--from", "x.safetensors", "--out"),
+        ("recipe", "lenet-cifar10", "--out"),
+        ("recipe", "digit-ensemble", "--out"),
+    ],
+)
+def test_a_place_that_cannot_be_written_to_is_known_at_once(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(data, "load", None)
+    (folder / "x.png").write_text("mine")
+    for place in ("x.png", "x.png/deep/run"):
+        code, error = fails(capsys, monkeypatch, *words, place)
+        assert (code, "'--out': x.png is not a folder" in error) == (2, True), error
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "locked" or not mode & os.W_OK)
+    (folder / "locked").mkdir()
+    for place in ("locked", "locked/run"):
+        code, error = fails(capsys, monkeypatch, *words, place)
+        assert (code, "locked cannot be written into: permission denied" in error) == (2, True), error
+    assert (folder / "x.png").read_text() == "mine"
 
 
 def test_fine_tune_from_torchvisions_names(folder: Path) -> None:
