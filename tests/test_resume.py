@@ -220,8 +220,9 @@ def test_what_cannot_be_trained_is_known_before_anything_is_written(tmp_path: Pa
 
 
 def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path) -> None:
-    for name in (".00000003.0123456789abcdef.safetensors", ".tmpPmyP8I"):
-        (tmp_path / name).write_bytes(b"half of")
+    half = tmp_path / ".00000003.safetensors.another-machine.0123456789abcdef"
+    half.mkdir()
+    (half / ".00000003.safetensors").write_bytes(b"half of")
     start = TrainState.start(*purecnn.create("lenet5").init(random.key(0)), adamw(1e-3))
     states.save(tmp_path, 4, states.Standing(0, Position.start(start), ()), keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["00000004.safetensors"]
