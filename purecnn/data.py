@@ -24,11 +24,11 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -721,13 +721,37 @@ class Batches:
             collate_fn=_collate,
             generator=torch.Generator(),  # else a loader draws from the global generator
         )
-        for number, batch in enumerate(loader, self.order.first):
+        started = _apart(lambda: iter(loader)) if self.workers else iter(loader)
+        for number, batch in enumerate(started, self.order.first):
             if isinstance(batch, DataError):
                 raise batch
             if mixing is not None and self.mix is not None:
                 with _seeded(mixing[number]):
                     batch = self.mix(*batch)
             yield batch
+
+
+_Result = TypeVar("_Result")
+
+
+def _apart(start: Callable[[], _Result]) -> _Result:
+    """What starts processes, run by a thread that belongs to no pool.
+
+    A process that a thread of a ThreadPoolExecutor forks fails at its end: Python has it wait for all threads of pools,
+    its own among them. torch then raises in the main thread, wherever that is.
+    """
+    if threading.current_thread() is threading.main_thread():
+        return start()
+    found: Future[_Result] = Future()
+
+    def run() -> None:
+        try:
+            found.set_result(start())
+        except BaseException as error:
+            found.set_exception(error)
+
+    threading.Thread(target=run).start()
+    return found.result()
 
 
 _GENERATOR = threading.RLock()

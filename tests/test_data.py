@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import dataloader
 from torchvision.transforms import v2
 
 from purecnn import data, random
@@ -400,6 +401,26 @@ def test_threads_do_not_draw_each_others_numbers(digits: data.DataSet) -> None:
         together = list(others)
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(images, run(seed)) for seed, images in (*enumerate(together), *enumerate(mine)))
+
+
+@worker_processes
+def test_workers_of_a_pools_threads_end_well(digits: data.DataSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else torch raises in the main thread, wherever that is."""
+    codes: list[int | None] = []
+    shut_down = dataloader._MultiProcessingDataLoaderIter._shutdown_workers
+
+    def note(self: Any) -> None:
+        workers = list(self._workers)
+        shut_down(self)
+        codes.extend(worker.exitcode for worker in workers)
+
+    monkeypatch.setattr(dataloader._MultiProcessingDataLoaderIter, "_shutdown_workers", note)
+    examples, transform = [digits.train[i] for i in range(6)], digits.preprocessing.evaluation()
+    with ThreadPoolExecutor(3) as pool:
+        several = list(pool.map(lambda _: everything(data.batches(examples, transform, 2, workers=1)), range(6)))
+    assert all(torch.equal(images, several[0][0]) for images, _ in several)
+    assert len(codes) >= 6
+    assert set(codes) == {0}
 
 
 def test_batches_that_cannot_be() -> None:
