@@ -140,8 +140,8 @@ def check_same_data(dataset: DataSet, folder: Path) -> None:
     before, now = json.loads(path.read_text())["data"], json.loads(json.dumps(_data(dataset)))
     different = [name for name in ("classes", "train", "test") if before[name] != now[name]]
     words = [f"{name} was {_shown(before[name])} and is {_shown(now[name])}" for name in different]
-    if not words and before.get("digest", now["digest"]) != now["digest"]:
-        words = ["names, order or classes of the pictures have changed"]
+    if not words and (before.get("digest") or now["digest"]) != now["digest"]:
+        words = ["the pictures, their names, order or classes have changed"]
     if words:
         raise RunError(
             f"the run in {folder} was begun with other data: {'; '.join(words)}. Bring the pictures back, or begin "

@@ -55,6 +55,7 @@ def test_digits_are_split_in_proportion_and_always_alike(digits: data.DataSet) -
     assert counts.min() >= 35
     assert counts.max() <= 37
     assert [digits.train[i][1] for i in range(8)] == [3, 9, 1, 3, 1, 9, 4, 4]
+    assert digits.digest == data.load("digits").digest != ""
     image, _ = digits.train[0]
     assert (image.mode, image.size) == ("L", (8, 8))
     assert image.getextrema() == (0, 255)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sklearn.datasets
 import torch
 from PIL import Image
 from torch import Tensor
@@ -176,7 +177,7 @@ def test_other_data_are_refused(tmp_path: Path) -> None:
     before = final(tmp_path / "run")
 
     (ants / "0.png").rename(ants / "renamed.png")
-    assert "names, order or classes of the pictures have changed" in str(call(*resume).exception)
+    assert "names, order or classes have changed" in str(call(*resume).exception)
     for i in range(1, 9):
         (ants / f"{i}.png").unlink()
     assert "train was 24 pictures and is 16 pictures." in str(call(*resume).exception)
@@ -184,6 +185,17 @@ def test_other_data_are_refused(tmp_path: Path) -> None:
         (tmp_path / "insects" / half / "bees").rename(tmp_path / "insects" / half / "wasps")
     assert "classes was ants, bees and is ants, wasps; train was 24" in str(call(*resume).exception)
     assert all(torch.equal(leaf, before[key]) for key, leaf in final(tmp_path / "run").items())
+
+
+def test_other_pictures_in_memory_are_refused(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One pixel, as many pictures and classes."""
+    bundle = sklearn.datasets.load_digits()
+    bundle.images[-1, -1, 3] += 1
+    monkeypatch.setattr(sklearn.datasets, "load_digits", lambda: bundle)
+    result = call(*TRAIN, "--out", str(whole), "--resume")
+    assert "the pictures, their names, order or classes have changed" in str(result.exception)
+    bundle.images[-1, -1, 3] -= 1
+    assert call(*TRAIN, "--out", str(whole), "--resume").exit_code == 0
 
 
 def test_what_was_just_written_is_kept(tmp_path: Path) -> None:
