@@ -101,10 +101,11 @@ def optimizer(
     ) -> tuple[Tree, Tree]:
         time = opt_state["step"] + 1
         chosen = default if learning_rate is None else learning_rate
-        rate = current(chosen, opt_state["step"])
         trees = [params, *(opt_state[name] for name in moments)]
         paths, columns = _columns(grads, *trees)
-        if _fusible(columns, rate):
+        fusible = _fusible(columns)
+        rate = current(chosen, opt_state["step"], None if fusible else time.device)  # kernels take numbers of the host
+        if fusible and not is_transformed(rate):
             if not donate:
                 trees = [tree.map(torch.clone, each) for each in trees]
                 paths, columns = _columns(grads, *trees)
@@ -116,7 +117,7 @@ def optimizer(
                 gs = [_like(grad, param) for grad, param in zip(gs, ps, strict=True)]
                 kernel(ps, gs, ms, Step(_scaled(rate, factor), time, strength))
         else:
-            rate = current(chosen, opt_state["step"], time.device).to(time.device)
+            rate = rate.to(time.device)
             new: dict[str, tuple[Tensor, ...]] = {}
             for path, grad, param, *others in zip(paths, *columns, strict=True):
                 strength, factor = of_path(path)
@@ -141,13 +142,13 @@ def _columns(grads: Tree, *trees: Tree) -> tuple[list[str], list[list[Tensor]]]:
     return paths, [list(map(each.__getitem__, paths)) for each in flat]
 
 
-def _fusible(columns: list[list[Tensor]], rate: Tensor) -> bool:
+def _fusible(columns: list[list[Tensor]]) -> bool:
     """Whether the kernels can be used: nobody watches, and the memory is laid out as they need it.
 
     Written with functions of C: a Python loop over the leaves takes longer than the kernel's start.
     """
     leaves = list(itertools.chain(*columns))
-    if is_transformed(rate, *leaves) or any(kind is not Tensor for kind in set(map(type, leaves))):
+    if is_transformed(*leaves) or any(kind is not Tensor for kind in set(map(type, leaves))):
         return False
     _, params, *moments = columns
     if any(device.type not in ("cpu", "cuda") for device in set(map(_DEVICE, params))):
