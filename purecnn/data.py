@@ -101,7 +101,11 @@ _LEFT_OUT = "--skip-bad, or skip_bad=True, leaves them out"
 
 
 def read_example(source: str | os.PathLike[str] | BinaryIO, *, called: str | None = None) -> Image.Image:
-    """`read_image` for a data set: what it raises tells how to do without such pictures."""
+    """`read_image` for a data set: what it raises tells how to do without such pictures.
+
+    Raises:
+        DataError: as from `read_image`, with a note.
+    """
     try:
         return read_image(source, called=called)
     except DataError as error:
@@ -819,7 +823,12 @@ class Resident:
         return replace(self, order=replace(self.order, first=self.order.first + count))
 
     def shuffled(self, key: Tensor, *, part: tuple[int, int] = (0, 1)) -> "Resident":
-        """In a key's order; ``part`` as in :func:`batches`."""
+        """In a key's order; ``part`` as in :func:`batches`.
+
+        Args:
+            key: of the order; give every epoch its own.
+            part: this process's, and of how many.
+        """
         return replace(self, order=replace(self.order, key=key, part=part))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -260,6 +260,13 @@ class Model:
     def features(self, params: Tree, state: Tree, x: Tensor) -> dict[str, Tensor]:
         """The outputs of stem, stages and head in evaluation mode, by name.
 
+        Args:
+            params, state: its trees.
+            x: images, ``(batch, channels, height, width)``.
+
+        Raises:
+            ValueError, RuntimeError: as from `apply`.
+
         >>> import purecnn
         >>> model = purecnn.create("lenet5")
         >>> features = model.features(*model.init(purecnn.random.key(0)), torch.zeros(1, 1, 32, 32))

@@ -75,7 +75,12 @@ def optimizer(
     decay: Callable[[str], bool] | None,
     scale: Callable[[str], float] | None,
 ) -> Optimizer:
-    """The pair of functions that follows a rule; the arguments are those of `purecnn.optimizers.sgd`."""
+    """The pair of functions that follows a rule; the arguments are those of `purecnn.optimizers.sgd`.
+
+    Raises:
+        ValueError: if the learning rate or ``weight_decay`` is a negative number; from ``update``, if the trees have
+            different names or the learning rate is no scalar.
+    """
     if isinstance(learning_rate, (int, float)) and learning_rate < 0:
         raise ValueError(f"the learning rate must not be negative, found {learning_rate}")
     if weight_decay < 0:
@@ -172,14 +177,22 @@ def _like(grad: Tensor, param: Tensor) -> Tensor:
 
 
 def check_share(**values: float) -> None:
-    """That values are shares of a mean's memory."""
+    """That values are shares of a mean's memory.
+
+    Raises:
+        ValueError: that names the first that is not.
+    """
     for name, value in values.items():
         if not 0 <= value < 1:
             raise ValueError(f"{name} is at least 0 and below 1, found {value}")
 
 
 def check_positive(**values: float) -> None:
-    """That values are positive."""
+    """That values are positive.
+
+    Raises:
+        ValueError: that names the first that is not.
+    """
     for name, value in values.items():
         if not value > 0:
             raise ValueError(f"{name} must be positive, found {value}")
