@@ -32,7 +32,7 @@ from converters.sources import Source
 from converters.states import Standing
 from purecnn import Model, data, distributed, pictures, random, training, tree
 from purecnn.data import DataSet, Preprocessing
-from purecnn.files import replacing
+from purecnn.files import clear, replacing
 from purecnn.tree import Tree
 
 
@@ -245,6 +245,8 @@ class _Run:
         if found:
             template = self._begin(self.phases[found.phase]).train_state
             self.standing = states.like(found, template, self.device)
+            if self.writes:
+                clear(folder / "checkpoint.safetensors")  # which is not written again unless a better epoch comes
         elif self.writes:
             folder.mkdir(parents=True, exist_ok=True)
             _write_config(folder, options, self.model, dataset, self.prepare)

@@ -32,7 +32,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    _clear(target)
+    clear(target)
     folder = target.with_name(f".{target.name}.{_HOST}.{secrets.token_hex(8)}")
     folder.mkdir()
     try:
@@ -50,8 +50,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _clear(target: Path) -> None:
-    """Remove what killed processes of this machine left: locks of another machine's may not be seen from here."""
+def clear(target: Path) -> None:
+    """Remove what killed processes of this machine left of writing a file; others' locks may not be seen from here."""
     for folder in target.parent.glob(f".{glob.escape(f'{target.name}.{_HOST}')}.{'[0-9a-f]' * 16}"):
         with suppress(OSError), _locked(folder, wait=False) as dead:
             if dead and any(folder.iterdir()):  # an empty one may be so new that its owner has yet to lock it

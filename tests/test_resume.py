@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -150,8 +151,12 @@ def test_a_run_killed_twenty_times_goes_on_bit_for_bit(whole: Path, tmp_path: Pa
 
 def test_a_finished_run_is_left_as_it_is(whole: Path) -> None:
     before = final(whole)
+    half = whole / f".checkpoint.safetensors.{platform.node()}.0123456789abcdef"
+    half.mkdir()
+    (half / ".checkpoint.safetensors").write_bytes(b"half of")
     result = call(*TRAIN, "--out", str(whole), "--resume")
     assert result.exit_code == 0, result.output
+    assert not half.exists()
     assert all(torch.equal(leaf, before[key]) for key, leaf in final(whole).items())
 
 
