@@ -14,7 +14,7 @@ from torch import Tensor
 
 from purecnn import distributed, initializers
 from purecnn.convolution import conv2d
-from purecnn.eager import derivatives, is_mapped, is_transformed
+from purecnn.eager import derivatives, is_mapped, is_mapped_or_nested, is_transformed
 from purecnn.initializers import Initializer
 from purecnn.layer import DRAW, Apply, Layer, Mode, multiply, serial
 from purecnn.normalization import batch_normalize
@@ -265,7 +265,7 @@ def batch_norm(eps: float = 1e-5, momentum: float = 0.1) -> Layer:
         dtype = x.dtype
         if dtype != mean.dtype:  # shorter numbers than the statistics
             weight, bias = weight.to(mean.dtype), bias.to(mean.dtype)
-            if is_mapped() or derivatives().nested:  # where torch cannot mix types
+            if is_mapped_or_nested():  # where torch cannot mix types
                 x = x.to(mean.dtype)
         if not mode.batch_statistics:
             if is_mapped() and not torch.compiler.is_compiling():
@@ -283,7 +283,7 @@ def batch_norm(eps: float = 1e-5, momentum: float = 0.1) -> Layer:
         if mode.synchronized:
             y, m, v, values = _normalized_over_processes(x.to(mean.dtype), eps)
             y = y * rearrange(weight, "c -> c 1 1") + rearrange(bias, "c -> c 1 1")
-        elif is_mapped() or derivatives().nested:
+        elif is_mapped_or_nested():
             # The operator below has no vmap rule, nor all derivatives. This one has, but gives the deviation in place
             # of the variance.
             y, m, inverse = batch_normalize(x, weight, bias, eps)
