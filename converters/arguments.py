@@ -1,5 +1,6 @@
 """Arguments that commands share, and their checks: a wrong name is misuse of the command line."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,19 @@ from converters import sources
 from purecnn import data
 from purecnn.data import DataError
 from purecnn.model import UnknownModelError
+
+
+def writable(folder: Path | None) -> Path | None:
+    """A folder that can be written into, or made: to be known before the work, not after it."""
+    if folder is None:
+        return None
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise typer.BadParameter(f"{there} is not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise typer.BadParameter(f"{there} cannot be written into: permission denied")
+    return folder
+
 
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A name of `purecnn list`.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
@@ -26,7 +40,7 @@ Root = Annotated[Path | None, typer.Option(help="Where data sets are downloaded 
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out files that are no pictures.")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that read pictures.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...; by default a GPU if there is one.")]
-Out = Annotated[Path | None, typer.Option(help="Folder of the run; by default a new one in runs/.")]
+Out = Annotated[Path | None, typer.Option(callback=writable, help="Folder of the run; by default a new one in runs/.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, if there is one.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of all that is random.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Pictures in a batch.")]

@@ -42,6 +42,7 @@ from converters.arguments import (
     load_source,
     pick_device,
     pictures_of,
+    writable,
 )
 from converters.export_command import export_command
 from converters.rules import ConversionError
@@ -259,7 +260,9 @@ def predict(
     ] = "DEFAULT",
     model: Annotated[str | None, typer.Option("--model", help="Of weights that do not say it themselves.")] = None,
     top: Annotated[int, typer.Option(min=1, help="How many answers.")] = 5,
-    out: Annotated[Path, typer.Option(help="Folder for the pictures with the answers on them.")] = Path("predictions"),
+    out: Annotated[
+        Path, typer.Option(callback=writable, help="Folder for the pictures with the answers on them.")
+    ] = Path("predictions"),
     as_json: AsJson = False,
 ) -> None:
     """Say what is in pictures, and draw the answers beside them."""
@@ -315,6 +318,7 @@ def convert(
     """Convert torchvision's weights to a checkpoint, or a checkpoint to torchvision's state_dict."""
     if target.exists():
         raise typer.BadParameter(f"{target} exists: nothing is overwritten", param_hint="TARGET")
+    writable(target.parent)
     found = load_source(source, model, as_stored=True)
     if to is run.FormatName.purecnn:
         checkpoint.save(
@@ -386,6 +390,9 @@ def explain(
 ) -> None:
     """Draw where a network looks: Grad-CAM, integrated gradients, SmoothGrad, input gradients."""
     images = pictures_of(images)
+    if out.is_dir():
+        out = out / "explanation.png"
+    writable(out.parent)
     found = load_source(source, model)
     methods = list(dict.fromkeys(method or explaining.MethodName))
     results = [explaining.explain_picture(found, data.read_image(path), methods) for path in images]
@@ -393,8 +400,6 @@ def explain(
         (each.seen, f"{each.answer}: {each.probability:.1%}", {explaining.TITLES[m]: each.maps[m] for m in methods})
         for each in results
     ]
-    if out.is_dir():
-        out = out / "explanation.png"
     pictures.explanations(rows, out)
     if as_json:
         reports = [{"image": str(path), **each.to_dict()} for path, each in zip(images, results, strict=True)]

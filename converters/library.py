@@ -46,7 +46,11 @@ class Library:
         return found
 
     def head_key(self, model: Model) -> str:
-        """The key of the weight whose first axis is the classes."""
+        """The key of the weight whose first axis is the classes.
+
+        Raises:
+            ConversionError: if the library does not have the model.
+        """
         params, _ = leaves(model, self.family(model).rules(model))
         return next(leaf.key for leaf in params if leaf.path.startswith("head.") and leaf.path.endswith(".weight"))
 
@@ -62,7 +66,7 @@ class Library:
         return tree.map(torch.clone, params), tree.map(torch.clone, state)
 
     def adopt(self, model: Model, state_dict: Mapping[str, Tensor]) -> tuple[Tree, Tree]:
-        """`from_state_dict` without copies, for tensors that nobody else has."""
+        """`from_state_dict` without copies, for tensors that nobody else has; raises the same."""
         legacy = self.family(model).legacy
         tensors: dict[str, Tensor] = {}
         for key, tensor in state_dict.items():
@@ -95,7 +99,11 @@ class Library:
         return result
 
     def to_module(self, model: Model, params: Tree, state: Tree) -> nn.Module:
-        """The library's module, live and in evaluation mode, with copies of the parameters and statistics."""
+        """The library's module, live and in evaluation mode, with copies of the parameters and statistics.
+
+        Raises:
+            ConversionError: as from `to_state_dict`.
+        """
         state_dict = self.to_state_dict(model, params, state)
         module = self._meta_module(model)
         copies = OrderedDict((key, tensor.clone()) for key, tensor in state_dict.items())

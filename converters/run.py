@@ -32,7 +32,7 @@ from converters.sources import Source
 from converters.states import Standing
 from purecnn import Model, data, distributed, pictures, random, training, tree
 from purecnn.data import DataSet, Preprocessing
-from purecnn.files import replacing
+from purecnn.files import clear, replacing
 from purecnn.tree import Tree
 
 
@@ -140,8 +140,8 @@ def check_same_data(dataset: DataSet, folder: Path) -> None:
     before, now = json.loads(path.read_text())["data"], json.loads(json.dumps(_data(dataset)))
     different = [name for name in ("classes", "train", "test") if before[name] != now[name]]
     words = [f"{name} was {_shown(before[name])} and is {_shown(now[name])}" for name in different]
-    if not words and before.get("digest", now["digest"]) != now["digest"]:
-        words = ["names, order or classes of the pictures have changed"]
+    if not words and (before.get("digest") or now["digest"]) != now["digest"]:
+        words = ["the pictures, their names, order or classes have changed"]
     if words:
         raise RunError(
             f"the run in {folder} was begun with other data: {'; '.join(words)}. Bring the pictures back, or begin "
@@ -245,6 +245,8 @@ class _Run:
         if found:
             template = self._begin(self.phases[found.phase]).train_state
             self.standing = states.like(found, template, self.device)
+            if self.writes:
+                clear(folder / "checkpoint.safetensors")  # which is not written again unless a better epoch comes
         elif self.writes:
             folder.mkdir(parents=True, exist_ok=True)
             _write_config(folder, options, self.model, dataset, self.prepare)

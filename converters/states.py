@@ -7,6 +7,7 @@ never unpickled.
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,9 +63,10 @@ def save(folder: Path, number: int, standing: Standing, keep: int) -> None:
     written = folder / f"{number:08}.safetensors"
     write(written, tree.flatten(trees), metadata)
     others = [path for path in _files(folder) if path != written]  # the last by name may be another run's
-    # safetensors writes into a file of its own first, .tmp and some letters.
-    for old in (*others[: max(0, len(others) + 1 - keep)], *folder.glob(".[0-9]*.safetensors"), *folder.glob(".tmp*")):
+    for old in others[: max(0, len(others) + 1 - keep)]:
         old.unlink(missing_ok=True)
+    for half in folder.glob(".[0-9]*.safetensors.*"):  # `replacing`'s folders
+        shutil.rmtree(half, ignore_errors=True)
 
 
 def load(folder: Path) -> Standing | None:

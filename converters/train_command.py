@@ -31,6 +31,7 @@ from converters.arguments import (
     load_data,
     load_source,
     pick_device,
+    writable,
 )
 from converters.options import OptimizerName, Options, PrecisionName, ScheduleName
 from converters.screen import notes, print_json, screen
@@ -215,7 +216,9 @@ def _run_folder(options: Options, out: Path | None, resume: bool) -> Path:
     if out is None:
         if resume or distributed.world_size() > 1:
             raise typer.BadParameter("a run of many processes, or to go on with, needs its folder", param_hint="--out")
-        return run.new_folder(options)
+        out = run.new_folder(options)
+        writable(out)
+        return out
     if run.holds_no_progress(out):
         return out
     if resume:

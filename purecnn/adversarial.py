@@ -42,6 +42,9 @@ def fgsm(
     Args:
         model, params, state, x, labels, epsilon, bounds, targeted: see `pgd`.
 
+    Raises:
+        ValueError: as from `pgd`.
+
     >>> import purecnn
     >>> model = purecnn.create("lenet5")
     >>> params, state = model.init(random.key(0))
@@ -92,7 +95,8 @@ def pgd(
         Images like ``x``.
 
     Raises:
-        ValueError: if ``norm`` is neither, ``epsilon`` is a negative number, or ``steps`` is less than 1.
+        ValueError: if ``norm`` is neither, ``epsilon`` is a negative number, ``steps`` is less than 1, or images exceed
+            the bounds.
 
     >>> import purecnn
     >>> model = purecnn.create("lenet5")

@@ -189,6 +189,9 @@ def fisher_diagonal(
         labels: (batch,), int64.
         chunk_size: images at a time. Memory is for so many times the classes (one, with labels) times the parameters.
 
+    Raises:
+        ValueError: if there are not as many labels as images.
+
     >>> linear = lambda params, images: images.flatten(1) @ params["weight"].T
     >>> fisher_diagonal(linear, {"weight": torch.zeros(2, 1)}, torch.full((5, 1, 1, 1), 2.0))  # p (1 - p) x^2
     {'weight': tensor([[1.0000],
@@ -202,7 +205,7 @@ def fisher_blocks(
 ) -> Tree:
     """The blocks on the Fisher information's diagonal, one for each leaf: (size, size), the leaf flattened.
 
-    Arguments as in `fisher_diagonal`; leaves are chosen with `restrict`.
+    Arguments and errors as of `fisher_diagonal`; leaves are chosen with `restrict`.
 
     >>> linear = lambda params, images: images.flatten(1) @ params["weight"].T
     >>> fisher_blocks(linear, {"weight": torch.zeros(2, 1)}, torch.full((5, 1, 1, 1), 2.0))

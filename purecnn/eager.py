@@ -47,3 +47,11 @@ def derivatives() -> Derivatives:
         return Derivatives(0, 0)
     kinds = [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
     return Derivatives(kinds.count(TransformType.Grad), kinds.count(TransformType.Jvp))
+
+
+def is_mapped_or_nested() -> bool:
+    """Whether a ``vmap`` is active, or one differentiation within another; asked once, which costs half."""
+    if torch.compiler.is_compiling():
+        return True
+    kinds = [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
+    return TransformType.Vmap in kinds or kinds.count(TransformType.Grad) + kinds.count(TransformType.Jvp) > 1

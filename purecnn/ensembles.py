@@ -195,6 +195,9 @@ def make_ensemble_step(
     Returns:
         The step. ``key`` holds the members' keys, (members, 2). ``learning_rates`` (members,) are used instead of the
         optimizer's. The metrics are (members,).
+
+    Raises:
+        ValueError: if ``chunk_size`` is less than 1, or as from `make_step`.
     """
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, found {chunk_size}")
@@ -363,6 +366,9 @@ def mean_probability(logits: Tensor) -> Tensor:
 
     The prediction of a deep ensemble (Lakshminarayanan et al., arXiv:1612.01474, section 2.4).
 
+    Raises:
+        ValueError: unless ``logits`` has these three axes.
+
     >>> mean_probability(torch.tensor([[[0.0, 0.0]], [[100.0, 0.0]]]))
     tensor([[0.7500, 0.2500]])
     """
@@ -372,6 +378,9 @@ def mean_probability(logits: Tensor) -> Tensor:
 
 def vote(logits: Tensor) -> Tensor:
     """The share of members that answer with each class, (members, batch, classes) to (batch, classes).
+
+    Raises:
+        ValueError: unless ``logits`` has these three axes.
 
     >>> vote(torch.tensor([[[1.0, 0.0]], [[5.0, 0.0]], [[0.0, 1.0]]]))
     tensor([[0.6667, 0.3333]])
@@ -385,6 +394,9 @@ def disagreement(logits: Tensor) -> Tensor:
 
     With ``v`` of ``n`` votes for each class, ``(n^2 - sum v^2) / (n (n - 1))``.
 
+    Raises:
+        ValueError: unless ``logits`` has these three axes, and at least two members.
+
     >>> disagreement(torch.tensor([[[1.0, 0.0]], [[5.0, 0.0]], [[0.0, 1.0]]]))
     tensor([0.6667])
     """
@@ -394,12 +406,28 @@ def disagreement(logits: Tensor) -> Tensor:
 
 
 def predictive_entropy(logits: Tensor) -> Tensor:
-    """The entropy of the mean probability, nats: all uncertainty, (members, batch, classes) to (batch,)."""
+    """The entropy of the mean probability, nats: all uncertainty, (members, batch, classes) to (batch,).
+
+    Raises:
+        ValueError: unless ``logits`` has these three axes.
+
+    >>> predictive_entropy(torch.tensor([[[100.0, 0.0]], [[0.0, 100.0]]]))
+    tensor([0.6931])
+    """
     return torch.special.entr(mean_probability(logits)).sum(-1)
 
 
 def expected_entropy(logits: Tensor) -> Tensor:
-    """The mean of the members' entropies, nats: what is uncertain to each of them, such as an ambiguous image."""
+    """The mean of the members' entropies, nats: what is uncertain to each of them, such as an ambiguous image.
+
+    (members, batch, classes) to (batch,).
+
+    Raises:
+        ValueError: unless ``logits`` has these three axes.
+
+    >>> expected_entropy(torch.zeros(2, 1, 2))
+    tensor([0.6931])
+    """
     _check(logits)
     return torch.special.entr(logits.softmax(-1)).sum(-1).mean(0)
 
@@ -409,6 +437,9 @@ def mutual_information(logits: Tensor) -> Tensor:
 
     Between an answer and the choice of a member (Houlsby et al., arXiv:1112.5745, equation 2; Depeweg et al.,
     arXiv:1710.07283). From 0 to the logarithm of the number of members or classes, whichever is smaller.
+
+    Raises:
+        ValueError: unless ``logits`` has the axes (members, batch, classes).
 
     >>> mutual_information(torch.tensor([[[100.0, 0.0]], [[0.0, 100.0]]]))
     tensor([0.6931])

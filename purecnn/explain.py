@@ -38,6 +38,9 @@ def input_gradient(model: Model, params: Tree, state: Tree, x: Tensor, target: T
     Returns:
         As ``x``.
 
+    Raises:
+        ValueError: if there are not as many targets as images.
+
     >>> import purecnn
     >>> model = purecnn.create("lenet5")
     >>> params, state = model.init(random.key(0))

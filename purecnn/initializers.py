@@ -85,6 +85,9 @@ def normal(std: float, mean: float = 0.0) -> Initializer:
 
     Raises:
         ValueError: unless ``std`` is positive.
+
+    >>> normal(0.01)(random.key(0), (2, 3)).shape
+    torch.Size([2, 3])
     """
     _check_std(std)
 
@@ -141,8 +144,14 @@ def variance_scaling(scale: float, mode: Mode, distribution: Distribution) -> In
 
     The distributions are those of ``jax.nn.initializers.variance_scaling``.
 
+    Args:
+        scale: the variance times ``n``.
+        mode: which ``n``: ``"fan_in"``, ``"fan_out"`` or ``"fan_avg"``.
+        distribution: ``"normal"``, ``"uniform"`` or ``"truncated_normal"``.
+
     Raises:
-        ValueError: unless ``scale`` is positive and the other two are among those above.
+        ValueError: unless ``scale`` is positive and the other two are among those above; from the initializer, as from
+            `fans`.
 
     >>> w = variance_scaling(1.0, "fan_in", "uniform")(random.key(0), (64, 300))
     >>> bool(w.abs().max() <= 0.1)
@@ -176,6 +185,9 @@ def kaiming_normal(mode: Mode = "fan_out") -> Initializer:
     The fan-out keeps the size of the gradients (torchvision's ResNet, VGG, MobileNet, EfficientNet), the fan-in that of
     the activations (DenseNet).
 
+    Raises:
+        ValueError: as from `variance_scaling`.
+
     References:
         He, Zhang, Ren, Sun. Delving Deep into Rectifiers. arXiv:1502.01852
     """
@@ -184,6 +196,9 @@ def kaiming_normal(mode: Mode = "fan_out") -> Initializer:
 
 def kaiming_uniform(mode: Mode = "fan_out") -> Initializer:
     """He's uniform initialization for layers before a ReLU: ``U(-b, b)`` with ``b = sqrt(6 / fan)``.
+
+    Raises:
+        ValueError: as from `variance_scaling`.
 
     References:
         He, Zhang, Ren, Sun. Delving Deep into Rectifiers. arXiv:1502.01852

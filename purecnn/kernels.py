@@ -25,6 +25,11 @@ _BUDGET = 1 << 30  # bytes of Jacobians that count as few
 def jacobian(network: Network, params: Tree, images: Tensor) -> Tensor:
     """The derivative of each image's logits by all parameters: (batch, classes, parameters), in the order of `ravel`.
 
+    Args:
+        network: from parameters and images to logits; it must treat images one by one.
+        params: where it is taken.
+        images: (batch, channels, height, width).
+
     >>> linear = lambda params, images: images.flatten(1) @ params["weight"].T
     >>> jacobian(linear, {"weight": torch.zeros(2, 1)}, torch.full((1, 1, 1, 1), 3.0))
     tensor([[[3., 0.],

@@ -96,7 +96,11 @@ class Mode(NamedTuple):
         return random.fold_in(self.key, _number(self.path))
 
     def bernoulli(self, p: float, shape: tuple[int, ...]) -> Tensor:
-        """This layer's mask, each value True with probability ``p``; a tap sees it, and may replace it."""
+        """This layer's mask, each value True with probability ``p``; a tap sees it, and may replace it.
+
+        Raises:
+            ValueError: if the network runs without a key.
+        """
         mask = random.bernoulli(self.draw_key(), p, shape)
         if self.tap is None:
             return mask
@@ -155,7 +159,20 @@ def _blame(error: Exception, name: str, x: Any) -> None:
 
 
 def named(name: str, layer: Layer) -> Layer:
-    """Put a layer's parameters and statistics into a sub-tree called ``name``."""
+    """Put a layer's parameters and statistics into a sub-tree called ``name``.
+
+    Args:
+        name: of the sub-tree, and of the layer in errors and for taps.
+        layer: which computes as before.
+
+    Raises:
+        ValueError: if the name is empty or has a dot in it, which paths are joined by.
+
+    >>> from purecnn.layers import linear
+    >>> params, state, y = named("head", linear(2)).init(torch.empty(1, 3, device="meta"), Mode())
+    >>> list(params), list(params["head"])
+    (['head'], ['weight', 'bias'])
+    """
     if not name or "." in name:
         raise ValueError(f"a layer's name must be non-empty and without dots, found {name!r}")
     is_list = any(child.isdigit() for child in layer.names)
@@ -208,6 +225,9 @@ def _children(positional: tuple[Layer, ...], keyword: Mapping[str, Layer]) -> tu
 def serial(*layers: Layer, **named_layers: Layer) -> Layer:
     """One layer after the other, positional ones first: ``serial(f, g)(x) = g(f(x))``.
 
+    Raises:
+        ValueError: if two layers use one name in the tree, or would share a mask.
+
     >>> from purecnn.layers import conv, relu
     >>> block = serial(conv1=conv(8, 3), relu1=relu, conv2=conv(4, 1))
     >>> params, state, y = block.init(torch.empty(1, 3, 16, 16, device="meta"), Mode())
@@ -235,7 +255,12 @@ def serial(*layers: Layer, **named_layers: Layer) -> Layer:
 
 
 def numbered(*layers: Layer) -> Layer:
-    """`serial` with the names ``"0"``, ``"1"``, ``"2"`` ..."""
+    """`serial` with the names ``"0"``, ``"1"``, ``"2"`` ...
+
+    >>> from purecnn.layers import conv
+    >>> list(numbered(conv(8, 3), conv(4, 1)).init(torch.empty(1, 3, 16, 16, device="meta"), Mode())[0])
+    ['0', '1']
+    """
     return serial(**{str(i): layer for i, layer in enumerate(layers)})
 
 
@@ -265,17 +290,48 @@ def _parallel(join: Callable[[list[Any]], Any], layers: tuple[Layer, ...], keywo
 
 
 def add(*layers: Layer, **named_layers: Layer) -> Layer:
-    """The sum of the layers' outputs on one input: ``add(identity, f)`` is a residual connection."""
+    """The sum of the layers' outputs on one input: ``add(identity, f)`` is a residual connection.
+
+    The outputs have the same shape. He et al. 2015, arXiv:1512.03385, figure 2.
+
+    Raises:
+        ValueError: as from `serial`.
+
+    >>> from purecnn.layers import identity, stateless
+    >>> add(identity, stateless(torch.square)).apply({}, {}, torch.tensor([3.0]), Mode())[0]
+    tensor([12.])
+    """
     return _parallel(lambda outputs: reduce(operator.add, outputs), layers, named_layers)
 
 
 def multiply(*layers: Layer, **named_layers: Layer) -> Layer:
-    """The product of the layers' outputs on one input: ``multiply(identity, gate)`` is an attention gate."""
+    """The product of the layers' outputs on one input: ``multiply(identity, gate)`` is an attention gate.
+
+    The outputs have shapes that broadcast. Hu et al. 2017, arXiv:1709.01507, figure 1.
+
+    Raises:
+        ValueError: as from `serial`.
+
+    >>> from purecnn.layers import identity, stateless
+    >>> multiply(identity, stateless(torch.square)).apply({}, {}, torch.tensor([3.0]), Mode())[0]
+    tensor([27.])
+    """
     return _parallel(lambda outputs: reduce(operator.mul, outputs), layers, named_layers)
 
 
 def concat(*layers: Layer, **named_layers: Layer) -> Layer:
-    """The layers' outputs on one input, joined along the channels: dense blocks and inception modules."""
+    """The layers' outputs on one input, joined along the channels: dense blocks and inception modules.
+
+    The outputs have the same shape ``(b, c, ...)`` but for the channels ``c``. Szegedy et al. 2014, arXiv:1409.4842,
+    figure 2; Huang et al. 2016, arXiv:1608.06993, figure 1.
+
+    Raises:
+        ValueError: as from `serial`.
+
+    >>> from purecnn.layers import identity, stateless
+    >>> concat(identity, stateless(torch.square)).apply({}, {}, torch.tensor([[3.0]]), Mode())[0]
+    tensor([[3., 9.]])
+    """
     return _parallel(lambda outputs: torch.cat(outputs, dim=1), layers, named_layers)
 
 
@@ -283,6 +339,19 @@ def fork(main: Layer, **aux: Layer) -> Layer:
     """A side branch to auxiliary heads: ``main``'s output in evaluation, `Outputs` in training.
 
     ``main`` may hold further forks; their heads come after this one's. Without heads it is ``main``.
+
+    Args:
+        main: from the input to the logits.
+        aux: auxiliary heads, by name, from the same input to logits.
+
+    Raises:
+        ValueError: as from `serial`.
+
+    >>> from purecnn.layers import linear
+    >>> layer = fork(named("head", linear(2)), aux1=linear(2))
+    >>> params, state, y = layer.init(torch.empty(1, 3, device="meta"), Mode())
+    >>> list(params), type(y).__name__, len(y.aux)
+    (['aux1', 'head'], 'Outputs', 1)
     """
     if not aux:
         return main

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from purecnn import distributed, initializers
 from purecnn.convolution import conv2d
-from purecnn.eager import derivatives, is_mapped, is_transformed
+from purecnn.eager import derivatives, is_mapped, is_mapped_or_nested, is_transformed
 from purecnn.initializers import Initializer
 from purecnn.layer import DRAW, Apply, Layer, Mode, multiply, serial
 from purecnn.normalization import batch_normalize
@@ -238,9 +238,15 @@ hardsigmoid = stateless(_hardsigmoid, keeps_shape=True)
 def batch_norm(eps: float = 1e-5, momentum: float = 0.1) -> Layer:
     """Batch normalisation of each channel (Ioffe and Szegedy 2015, arXiv:1502.03167, algorithm 1).
 
+    ``(b, c, h, w) -> (b, c, h, w)``.
+
     ``y = weight * (x - m) / sqrt(v + eps) + bias`` with the batch's mean and variance, which also move the
     running ones, ``mean += momentum * (m - mean)`` (the variance likewise, unbiased); or with the running ones,
     as ``Mode.batch_statistics`` says. With ``Mode.norm`` of "group" it is `group_norm` instead.
+
+    Args:
+        eps: keeps the division finite.
+        momentum: the share of the running statistics that a batch replaces.
 
     Raises:
         ValueError: in training, if a channel has but one value.
@@ -259,7 +265,7 @@ def batch_norm(eps: float = 1e-5, momentum: float = 0.1) -> Layer:
         dtype = x.dtype
         if dtype != mean.dtype:  # shorter numbers than the statistics
             weight, bias = weight.to(mean.dtype), bias.to(mean.dtype)
-            if is_mapped() or derivatives().nested:  # where torch cannot mix types
+            if is_mapped_or_nested():  # where torch cannot mix types
                 x = x.to(mean.dtype)
         if not mode.batch_statistics:
             if is_mapped() and not torch.compiler.is_compiling():
@@ -277,7 +283,7 @@ def batch_norm(eps: float = 1e-5, momentum: float = 0.1) -> Layer:
         if mode.synchronized:
             y, m, v, values = _normalized_over_processes(x.to(mean.dtype), eps)
             y = y * rearrange(weight, "c -> c 1 1") + rearrange(bias, "c -> c 1 1")
-        elif is_mapped() or derivatives().nested:
+        elif is_mapped_or_nested():
             # The operator below has no vmap rule, nor all derivatives. This one has, but gives the deviation in place
             # of the variance.
             y, m, inverse = batch_normalize(x, weight, bias, eps)
@@ -316,7 +322,8 @@ def _normalized_over_processes(x: Tensor, eps: float) -> tuple[Tensor, Tensor, T
 def group_norm(groups: int = 32, eps: float = 1e-5) -> Layer:
     """Normalise groups of channels of each image by their own mean and variance (Wu and He 2018, arXiv:1803.08494).
 
-    No image knows of the others, so it trains with batches of one, and each image has a gradient of its own.
+    ``(b, c, h, w) -> (b, c, h, w)``. No image knows of the others, so it trains with batches of one, and each image has
+    a gradient of its own.
 
     Args:
         groups: at most so many; the largest number that divides the channels.
@@ -346,6 +353,8 @@ def conv_norm(
     act: Layer = relu,
 ) -> Layer:
     """Convolution, normalisation, activation: what most networks since 2015 are made of.
+
+    ``(b, c, h, w) -> (b, features, h', w')``.
 
     Args:
         features, kernel, stride, padding, groups, init: see `conv`.
@@ -387,6 +396,8 @@ def squeeze_excitation(
     bias_init: Initializer | float | None = None,
 ) -> Layer:
     """Scale each channel by a number that all channels decide on (Hu et al. 2017, arXiv:1709.01507, figure 1).
+
+    ``(b, width, h, w) -> (b, width, h, w)``.
 
     Args:
         width: channels of the image.

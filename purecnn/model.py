@@ -1,10 +1,11 @@
 """Models: a named layer that knows the images it takes, and the table they are created from."""
 
+import bisect
 import difflib
 import fnmatch
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
@@ -109,6 +110,9 @@ class Model:
                 network. ``"paper"`` is the paper's law wherever it states one. A function is asked for each tensor, as
                 ``law(path, shape)``, and answers with an initializer, a number, or None for the default.
 
+        Raises:
+            RuntimeError: if images of the model's ``image_size`` are too small for it; says what it needs.
+
         >>> import purecnn
         >>> params, state = purecnn.create("lenet5").init(purecnn.random.key(0))
         >>> params["head"]["linear"]["weight"].shape
@@ -121,12 +125,58 @@ class Model:
         return self._init(Mode(train=True, batch_statistics=True, key=key, law=chosen, norm=self.norm))[:2]
 
     def spec(self) -> tuple[Tree, Tree]:
-        """Parameters and running statistics as meta tensors: names, shapes and types without values."""
+        """Parameters and running statistics as meta tensors: names, shapes and types without values.
+
+        Raises:
+            RuntimeError: as from `init`.
+        """
         return self._init(Mode(train=True, batch_statistics=True, norm=self.norm))[:2]
 
     def _init(self, mode: Mode) -> tuple[Tree, Tree, Any]:
-        x = torch.empty(2, self.in_channels, self.image_size, self.image_size, device="meta")
-        return self.layer.init(x, mode)
+        def run(mode: Mode, size: int) -> tuple[Tree, Tree, Any]:
+            return self.layer.init(self._images(size), mode)
+
+        try:
+            return run(mode, self.image_size)
+        except RuntimeError as error:
+            shapes = functools.partial(run, mode._replace(key=None, law=None))
+            self._check_size(error, (self.image_size, self.image_size), shapes, (64, 128, 256, 512, 1024))
+            raise
+
+    def _images(self, size: int) -> Tensor:
+        return torch.empty(2, self.in_channels, size, size, device="meta")
+
+    def _check_size(
+        self, error: RuntimeError, found: tuple[int, ...], run: Callable[[int], object], larger: Iterable[int]
+    ) -> None:
+        """Raise an error that tells more than a layer's, if it is that the images are too small.
+
+        Args:
+            error: the layer's.
+            found: height and width of the images.
+            run: the same with images of another size, on meta tensors.
+            larger: sizes that may be large enough.
+        """
+
+        def fits(size: int) -> bool:
+            try:
+                run(size)
+            except (RuntimeError, ValueError):
+                return False
+            return True
+
+        small = min(found)
+        enough = next((size for size in larger if size > small and fits(size)), None)
+        if enough is None or fits(small):
+            return
+        sizes = range(small + 1, enough + 1)
+        needed = sizes[bisect.bisect_left(sizes, True, key=fits)]
+        clear = RuntimeError(
+            f"images of {found[0]} x {found[1]} pixels are too small for {self.name}, which needs {needed} x {needed}"
+        )
+        for note in getattr(error, "__notes__", []):
+            clear.add_note(note)
+        raise clear from error
 
     def check(self, params: Tree, state: Tree) -> None:
         """That trees have the names and shapes of this model's.
@@ -179,7 +229,7 @@ class Model:
 
         Raises:
             ValueError: if ``x`` is not a batch of images with the model's channels, or settings do not go together.
-            RuntimeError: from torch, with a note that says in which layer, if the images are too small.
+            RuntimeError: if the images are too small; says what is needed, and in a note in which layer it failed.
         """
         if x.ndim != 4 or x.shape[1] != self.in_channels:
             raise ValueError(
@@ -192,10 +242,30 @@ class Model:
         batch_statistics = train if statistics is None else statistics != "running"
         synchronized = statistics == "global"
         mode = Mode(train, batch_statistics, key, tap, None, self.norm, synchronized, around, remat)
-        return self.layer.apply(params, state, x, mode)
+        try:
+            return self.layer.apply(params, state, x, mode)
+        except RuntimeError as error:
+            if min(x.shape[2:]) < self.image_size:
+                key = None if key is None else key.to("meta")
+                shapes = mode._replace(key=key, tap=None, around=None, synchronized=False, remat=False)
+                trees = self.spec()
+                self._check_size(
+                    error,
+                    tuple(x.shape[2:]),
+                    lambda size: self.layer.apply(*trees, self._images(size), shapes),
+                    (self.image_size,),
+                )
+            raise
 
     def features(self, params: Tree, state: Tree, x: Tensor) -> dict[str, Tensor]:
         """The outputs of stem, stages and head in evaluation mode, by name.
+
+        Args:
+            params, state: its trees.
+            x: images, ``(batch, channels, height, width)``.
+
+        Raises:
+            ValueError, RuntimeError: as from `apply`.
 
         >>> import purecnn
         >>> model = purecnn.create("lenet5")

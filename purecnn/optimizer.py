@@ -55,7 +55,11 @@ class Optimizer(NamedTuple):
     learning_rate: LearningRate
 
     def rate(self, opt_state: Tree) -> float:
-        """The learning rate of the next update."""
+        """The learning rate of the next update.
+
+        Raises:
+            ValueError: if it is no scalar.
+        """
         return float(current(self.learning_rate, opt_state["step"]))
 
 
@@ -180,6 +184,9 @@ def from_transformation(
         update: ``update(grads, state, params) -> (updates, state)``, pure. TorchOpt's is
             ``lambda grads, state, params: adam.update(grads, state, params=params, inplace=False)``.
         learning_rate: factor of the updates.
+
+    Raises:
+        ValueError: from ``update``, if the learning rate is no scalar.
 
     >>> descent = from_transformation(lambda params: (), lambda grads, state, params: (grads, state), -0.5)
     >>> params = {"weight": torch.ones(2)}

@@ -254,6 +254,9 @@ def per_sample_norms(
     Args:
         model, params, state, batch, train, key, statistics, loss, trainable: see `clipped_gradient_sum`.
 
+    Raises:
+        ValueError: as from `clipped_gradient_sum`.
+
     >>> import purecnn
     >>> model = purecnn.create("lenet5")
     >>> params, state = model.init(random.key(0))

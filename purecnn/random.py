@@ -82,6 +82,10 @@ def key(seed: int, device: torch.device | str | None = None) -> Tensor:
 def split(key: Tensor, num: int = 2) -> Tensor:
     """Makes ``num`` new keys, shape ``(num, 2)``. The old key should not be used again.
 
+    Raises:
+        TypeError: ``key`` or ``num`` is of the wrong type.
+        ValueError: ``key`` has the wrong shape, or ``num`` is negative.
+
     >>> split(key(42))
     tensor([[1832780943,  270669613],
             [  64467757, 2916123636]])
@@ -129,6 +133,10 @@ def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
 def bits(key: Tensor, shape: Sequence[int]) -> Tensor:
     """Draws words of 32 random bits, as int64 values in ``[0, 2**32)``.
 
+    Raises:
+        TypeError: ``key`` or ``shape`` is of the wrong type.
+        ValueError: ``key`` has the wrong shape, a size is negative, or there are ``2**31`` words or more.
+
     >>> bits(key(42), (2,))
     tensor([2098992034, 2919706841])
     """
@@ -158,7 +166,7 @@ def uniform(
 
     Raises:
         TypeError: ``key``, ``shape`` or ``dtype`` is of the wrong type.
-        ValueError: ``key`` has the wrong shape, a size is negative, or ``minval > maxval``.
+        ValueError: as from :func:`bits`, or ``minval > maxval``.
 
     >>> uniform(key(42), (3,))
     tensor([0.4887, 0.6798, 0.6163])
@@ -187,6 +195,10 @@ def normal(
         mean: the mean.
         std: the standard deviation.
 
+    Raises:
+        TypeError: ``key``, ``shape`` or ``dtype`` is of the wrong type.
+        ValueError: as from :func:`bits`.
+
     >>> normal(key(42), (3,))
     tensor([-0.0283,  0.4671,  0.2957])
     """
@@ -213,8 +225,19 @@ def truncated_normal(
     to about 5 standard deviations. Where the bounds lie beyond, no number does (in JAX one of eight million is a
     bound itself).
 
+    Args:
+        key: a key.
+        lower, upper: the bounds.
+        shape: the shape of the result.
+        dtype: a floating type.
+
     Raises:
-        ValueError: unless ``lower < upper`` and the interval has a probability which ``dtype`` can resolve.
+        TypeError: ``key``, ``shape`` or ``dtype`` is of the wrong type.
+        ValueError: as from :func:`bits`, or unless ``lower < upper`` and the interval has a probability which ``dtype``
+            can resolve.
+
+    >>> bool(truncated_normal(key(42), -1.0, 2.0, (1000,)).min() > -1)
+    True
     """
     if not lower < upper:
         raise ValueError(f"lower must be below upper, got {lower} and {upper}")
@@ -238,7 +261,11 @@ def bernoulli(key: Tensor, p: float | Tensor, shape: Sequence[int]) -> Tensor:
         shape: the shape of the result.
 
     Raises:
-        ValueError: ``p`` is a number outside ``[0, 1]``.
+        TypeError: ``key`` or ``shape`` is of the wrong type.
+        ValueError: as from :func:`bits`, or ``p`` is a number outside ``[0, 1]``.
+
+    >>> bernoulli(key(42), 0.5, (4,))
+    tensor([ True, False, False, False])
     """
     if not isinstance(p, Tensor) and not 0 <= p <= 1:
         raise ValueError(f"p must be in [0, 1], got {p}")
@@ -249,6 +276,13 @@ def permutation(key: Tensor, n: int) -> Tensor:
     """Draws a permutation of ``0 .. n-1``, int64: the order of ``n`` random words of 64 bits.
 
     The sort is stable, so that the result is the same on every device. It does not equal JAX's permutation.
+
+    Raises:
+        TypeError: ``key`` or ``n`` is of the wrong type.
+        ValueError: as from :func:`bits`.
+
+    >>> permutation(key(42), 5)
+    tensor([2, 4, 3, 1, 0])
     """
     return _generate(key, (n,), _join).argsort(stable=True)
 

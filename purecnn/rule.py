@@ -75,7 +75,12 @@ def optimizer(
     decay: Callable[[str], bool] | None,
     scale: Callable[[str], float] | None,
 ) -> Optimizer:
-    """The pair of functions that follows a rule; the arguments are those of `purecnn.optimizers.sgd`."""
+    """The pair of functions that follows a rule; the arguments are those of `purecnn.optimizers.sgd`.
+
+    Raises:
+        ValueError: if the learning rate or ``weight_decay`` is a negative number; from ``update``, if the trees have
+            different names or the learning rate is no scalar.
+    """
     if isinstance(learning_rate, (int, float)) and learning_rate < 0:
         raise ValueError(f"the learning rate must not be negative, found {learning_rate}")
     if weight_decay < 0:
@@ -101,10 +106,11 @@ def optimizer(
     ) -> tuple[Tree, Tree]:
         time = opt_state["step"] + 1
         chosen = default if learning_rate is None else learning_rate
-        rate = current(chosen, opt_state["step"])
         trees = [params, *(opt_state[name] for name in moments)]
         paths, columns = _columns(grads, *trees)
-        if _fusible(columns, rate):
+        fusible = _fusible(columns)
+        rate = current(chosen, opt_state["step"], None if fusible else time.device)  # kernels take numbers of the host
+        if fusible and not is_transformed(rate):
             if not donate:
                 trees = [tree.map(torch.clone, each) for each in trees]
                 paths, columns = _columns(grads, *trees)
@@ -116,7 +122,7 @@ def optimizer(
                 gs = [_like(grad, param) for grad, param in zip(gs, ps, strict=True)]
                 kernel(ps, gs, ms, Step(_scaled(rate, factor), time, strength))
         else:
-            rate = current(chosen, opt_state["step"], time.device).to(time.device)
+            rate = rate.to(time.device)
             new: dict[str, tuple[Tensor, ...]] = {}
             for path, grad, param, *others in zip(paths, *columns, strict=True):
                 strength, factor = of_path(path)
@@ -141,13 +147,13 @@ def _columns(grads: Tree, *trees: Tree) -> tuple[list[str], list[list[Tensor]]]:
     return paths, [list(map(each.__getitem__, paths)) for each in flat]
 
 
-def _fusible(columns: list[list[Tensor]], rate: Tensor) -> bool:
+def _fusible(columns: list[list[Tensor]]) -> bool:
     """Whether the kernels can be used: nobody watches, and the memory is laid out as they need it.
 
     Written with functions of C: a Python loop over the leaves takes longer than the kernel's start.
     """
     leaves = list(itertools.chain(*columns))
-    if is_transformed(rate, *leaves) or any(kind is not Tensor for kind in set(map(type, leaves))):
+    if is_transformed(*leaves) or any(kind is not Tensor for kind in set(map(type, leaves))):
         return False
     _, params, *moments = columns
     if any(device.type not in ("cpu", "cuda") for device in set(map(_DEVICE, params))):
@@ -171,14 +177,22 @@ def _like(grad: Tensor, param: Tensor) -> Tensor:
 
 
 def check_share(**values: float) -> None:
-    """That values are shares of a mean's memory."""
+    """That values are shares of a mean's memory.
+
+    Raises:
+        ValueError: that names the first that is not.
+    """
     for name, value in values.items():
         if not 0 <= value < 1:
             raise ValueError(f"{name} is at least 0 and below 1, found {value}")
 
 
 def check_positive(**values: float) -> None:
-    """That values are positive."""
+    """That values are positive.
+
+    Raises:
+        ValueError: that names the first that is not.
+    """
     for name, value in values.items():
         if not value > 0:
             raise ValueError(f"{name} must be positive, found {value}")

@@ -72,6 +72,9 @@ class TrainState(NamedTuple):
             trainable: as in `make_step`.
             policy: as in `make_step`.
             average: begin a moving average, for a step with an ``average``.
+
+        Raises:
+            ValueError: if no parameter is to be trained.
         """
         if policy is not None:
             params = policy.keep(params)

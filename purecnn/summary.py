@@ -30,6 +30,13 @@ def summarize(model: Model, image_size: int | None = None) -> list[Row]:
 
     Nothing is computed but shapes.
 
+    Args:
+        model: the network.
+        image_size: side of the image, pixels; by default the model's.
+
+    Raises:
+        RuntimeError: if the image is too small for the network.
+
     >>> import purecnn
     >>> summarize(purecnn.create("lenet5"))[0]
     Row(path='', output=(10,), parameters=61706, macs=416520)

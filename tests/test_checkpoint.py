@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -95,6 +97,43 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
         checkpoint.save(path, model, *model.init(random.key(1)))
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+WRITER = """
+import sys
+from purecnn.files import replacing
+with replacing(sys.argv[1]) as file:
+    file.write_text("new")
+    (file.parent / ".tmpPmyP8I").write_text("half of")  # as safetensors does
+    print(flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks are POSIX's")
+def test_what_a_killed_process_left_goes_and_what_a_live_one_writes_stays(tmp_path: Path) -> None:
+    path = tmp_path / "[x].safetensors"
+    words = [sys.executable, "-c", WRITER, str(path)]
+    killed, live = (subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(2))
+    with killed, live:
+        for process in (killed, live):
+            assert process.stdout is not None
+            process.stdout.readline()
+        killed.kill()
+        killed.wait()
+        halves = {folder.name for folder in tmp_path.iterdir()}
+        assert len(halves) == 2
+        others = {f"{next(iter(halves))[:-17]}.{word}" for word in ("0123", "backup", "g" * 16)}
+        others |= {".[x].safetensors.another-machine.0123456789abcdef", ".tmpPmyP8I"}
+        for name in others:
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "file").touch()
+        files.write(path, {"x": torch.zeros(1)})
+        assert files.read(path)["x"] == 0
+        assert len({folder.name for folder in tmp_path.iterdir()} & halves) == 1
+        live.communicate()
+    assert path.read_text() == "new"
+    assert {folder.name for folder in tmp_path.iterdir()} == {path.name, *others}
 
 
 @pytest.mark.skipif(os.name != "posix", reason="rights are POSIX's")

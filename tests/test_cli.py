@@ -1,6 +1,7 @@
 """The command line, as a user calls it; what it prints, what it leaves, and its exit codes."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -143,6 +144,32 @@ def test_a_run_overwrites_nothing(folder: Path) -> None:
     assert call("convert", "x.safetensors", "x.safetensors").exit_code == 2
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("train", "lenet5", "--out"),
+        ("train", "lenet5", "--resume", "--out"),
+        ("predict", "x.png", "--from", "x.safetensors", "--out"),
+        ("recipe", "lenet-cifar10", "--out"),
+        ("recipe", "digit-ensemble", "--out"),
+    ],
+)
+def test_a_place_that_cannot_be_written_to_is_known_at_once(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(data, "load", None)
+    (folder / "x.png").write_text("mine")
+    for place in ("x.png", "x.png/deep/run"):
+        code, error = fails(capsys, monkeypatch, *words, place)
+        assert (code, "'--out': x.png is not a folder" in error) == (2, True), error
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "locked" or not mode & os.W_OK)
+    (folder / "locked").mkdir()
+    for place in ("locked", "locked/run"):
+        code, error = fails(capsys, monkeypatch, *words, place)
+        assert (code, "locked cannot be written into: permission denied" in error) == (2, True), error
+    assert (folder / "x.png").read_text() == "mine"
+
+
 def test_fine_tune_from_torchvisions_names(folder: Path) -> None:
     model = purecnn.create("squeezenet1_1", num_classes=5)
     files.write("weights.pth", tv.to_state_dict(model, *model.init(random.key(0))))
@@ -258,7 +285,11 @@ def test_failures(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch:
         (["train", "squeezenet1_1", "--from", "good.safetensors"], "a checkpoint of lenet5, not of squeezenet1_1"),
         (["train", "squeezenet1_1", "--data", "pictures"], "notes.txt"),
         (["train", "resnet18", "--data", "digits", "--image-size", "8", "--lr", "1e30", "--epochs", "1"], "loss is"),
-        (["train", "squeezenet1_1", "--data", "digits", "--image-size", "8"], "in layer"),
+        (
+            ["train", "squeezenet1_1", "--image-size", "8"],
+            "of 8 x 8 pixels are too small for squeezenet1_1, which needs",
+        ),
+        (["inspect", "alexnet", "--image-size", "4"], "of 4 x 4 pixels are too small for alexnet, which needs 63 x 63"),
         (["predict", "text.png", "--from", "good.safetensors"], "how its images are prepared"),
         (["convert", "good.safetensors", "out.pth"], "out.pth should end in .safetensors"),
     ]:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import dataloader
 from torchvision.transforms import v2
 
 from purecnn import data, random
@@ -54,6 +55,7 @@ def test_digits_are_split_in_proportion_and_always_alike(digits: data.DataSet) -
     assert counts.min() >= 35
     assert counts.max() <= 37
     assert [digits.train[i][1] for i in range(8)] == [3, 9, 1, 3, 1, 9, 4, 4]
+    assert digits.digest == data.load("digits").digest != ""
     image, _ = digits.train[0]
     assert (image.mode, image.size) == ("L", (8, 8))
     assert image.getextrema() == (0, 255)
@@ -400,6 +402,26 @@ def test_threads_do_not_draw_each_others_numbers(digits: data.DataSet) -> None:
         together = list(others)
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(images, run(seed)) for seed, images in (*enumerate(together), *enumerate(mine)))
+
+
+@worker_processes
+def test_workers_of_a_pools_threads_end_well(digits: data.DataSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else torch raises in the main thread, wherever that is."""
+    codes: list[int | None] = []
+    shut_down = dataloader._MultiProcessingDataLoaderIter._shutdown_workers
+
+    def note(self: Any) -> None:
+        workers = list(self._workers)
+        shut_down(self)
+        codes.extend(worker.exitcode for worker in workers)
+
+    monkeypatch.setattr(dataloader._MultiProcessingDataLoaderIter, "_shutdown_workers", note)
+    examples, transform = [digits.train[i] for i in range(6)], digits.preprocessing.evaluation()
+    with ThreadPoolExecutor(3) as pool:
+        several = list(pool.map(lambda _: everything(data.batches(examples, transform, 2, workers=1)), range(6)))
+    assert all(torch.equal(images, several[0][0]) for images, _ in several)
+    assert len(codes) >= 6
+    assert set(codes) == {0}
 
 
 def test_batches_that_cannot_be() -> None:

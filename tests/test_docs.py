@@ -5,6 +5,7 @@ In a page, blocks marked ``python`` are run in order, in one namespace; lines of
 ``python compiler`` are run where there is a compiler of C++.
 """
 
+import ast
 import doctest
 import importlib
 import pkgutil
@@ -34,6 +35,20 @@ BLOCK = re.compile(r"^```(python|python compiler|console)\n(.*?)^```", re.MULTIL
 def test_docstrings(name: str) -> None:
     module = importlib.import_module(name)
     assert doctest.testmod(module).failed == 0
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("purecnn.")])
+def test_docstrings_tell_of_errors(name: str) -> None:
+    """Of all that a public function, or what it makes, raises itself."""
+    file = importlib.import_module(name).__file__
+    assert file is not None
+    outside = ast.parse(Path(file).read_text()).body
+    inside = [node for each in outside if isinstance(each, ast.ClassDef) for node in each.body]
+    public = [
+        node for node in (*outside, *inside) if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
+    ]
+    raising = [node for node in public if any(isinstance(each, ast.Raise) and each.exc for each in ast.walk(node))]
+    assert [node.name for node in raising if "Raises:" not in (ast.get_docstring(node) or "")] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

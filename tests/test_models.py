@@ -266,28 +266,54 @@ def test_images_of_another_form(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "size", "where"),
+    ("family", "size", "needed", "where"),
     [
-        ("alexnet", 16, "in layer 'stage1.pool', input (2, 192, 1, 1)"),
-        ("vgg", 3, "in layer 'stage1.pool', input (2, 6, 1, 1)"),
-        ("squeezenet", 2, "in layer 'stem.conv', input (2, 3, 2, 2)"),
-        ("lenet", 20, "in layer 'stage2.linear1', input (2, 64)"),
-        ("densenet", 1, "in layer 'stage1.transition.pool', input (2, 7, 1, 1)"),
+        ("alexnet", 16, 63, "in layer 'stage1.pool', input (2, 192, 1, 1)"),
+        ("vgg", 3, 8, "in layer 'stage1.pool', input (2, 6, 1, 1)"),
+        ("squeezenet", 2, 17, "in layer 'stem.conv', input (2, 3, 2, 2)"),
+        ("lenet", 20, 32, "in layer 'stage2.linear1', input (2, 64)"),
+        ("densenet", 1, 5, "in layer 'stage1.transition.pool', input (2, 7, 1, 1)"),
     ],
 )
-def test_too_small_an_image_names_the_layer(family: str, size: int, where: str) -> None:
+def test_too_small_an_image_names_the_layer_and_what_is_needed(family: str, size: int, needed: int, where: str) -> None:
     case = CASES[family]
     net = case.model()
     params, state = net.init(random.key(0))
-    with pytest.raises(RuntimeError) as caught:
-        net.apply(params, state, torch.zeros(2, net.in_channels, size, size))
-    assert caught.value.__notes__ == [where]
+    words = f"images of 70 x {size} pixels are too small for {case.name}, which needs {needed} x {needed}"
+    for how in ({}, {"train": True, "key": random.key(1)}):
+        with pytest.raises(RuntimeError, match=words.replace("70", str(size))) as caught:
+            net.apply(params, state, torch.zeros(2, net.in_channels, size, size), **how)
+        assert caught.value.__notes__ == [where]
+        with pytest.raises(RuntimeError, match=words):
+            net.apply(params, state, torch.zeros(2, net.in_channels, 70, size), **how)
+    net.apply(params, state, torch.zeros(2, net.in_channels, needed, needed))
 
 
-def test_too_small_an_image_for_the_parameters_of_init() -> None:
-    with pytest.raises(RuntimeError) as caught:
-        purecnn.create("lenet5", image_size=8).init(random.key(0))
-    assert caught.value.__notes__[0].startswith("in layer 'stage1")
+@pytest.mark.parametrize(
+    ("name", "size", "needed"),
+    [("lenet5", 8, 16), ("alexnet", 4, 63), ("inception_v3", 70, 299), ("bn_inception", 1, 31)],
+)
+def test_too_small_an_image_for_the_parameters_of_init(name: str, size: int, needed: int) -> None:
+    net = purecnn.create(name, image_size=size)
+    words = f"images of {size} x {size} pixels are too small for {name}, which needs {needed} x {needed}"
+    for run in (lambda: net.init(random.key(0)), net.spec, lambda: net.check({}, {})):
+        with pytest.raises(RuntimeError, match=words) as caught:
+            run()
+        assert caught.value.__notes__[0].startswith("in layer '")
+    purecnn.create(name, image_size=needed).spec()
+
+
+def test_what_is_wrong_with_an_image_besides_its_size_is_told_as_it_is() -> None:
+    net = CASES["alexnet"].model()
+    params, state = net.init(random.key(0))
+
+    def tap(path: str, x: Any, y: Any) -> Any:
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match=r"^no"):
+        net.apply(params, state, torch.zeros(1, 3, 63, 63), tap=tap)
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        purecnn.create("lenet5").apply(*purecnn.create("lenet5").init(random.key(0)), torch.zeros(1, 1, 50, 50))
 
 
 def test_missing_parameters_name_the_layer() -> None:

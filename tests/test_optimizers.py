@@ -256,6 +256,19 @@ def test_a_schedule_sets_the_rate_of_each_step() -> None:
     assert float(params["w"]) == -sum(seen)
 
 
+@pytest.mark.parametrize("way", [by_formula, by_kernel, by_kernel_donating])
+def test_a_schedule_is_asked_once_for_an_update(way: Callable[..., Any]) -> None:
+    asked = []
+
+    def schedule(step: Tensor) -> Tensor:
+        asked.append(step)
+        return torch.full_like(step, 0.1, dtype=torch.float32)
+
+    optimizer, params = sgd(schedule), draw(0)
+    way(optimizer, draw(1), optimizer.init(params), params)
+    assert len(asked) == 1
+
+
 def test_errors_say_what_is_wrong() -> None:
     params = draw(0)
     optimizer = sgd(0.1, momentum=0.9)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sklearn.datasets
 import torch
 from PIL import Image
 from torch import Tensor
@@ -149,8 +151,12 @@ def test_a_run_killed_twenty_times_goes_on_bit_for_bit(whole: Path, tmp_path: Pa
 
 def test_a_finished_run_is_left_as_it_is(whole: Path) -> None:
     before = final(whole)
+    half = whole / f".checkpoint.safetensors.{platform.node()}.0123456789abcdef"
+    half.mkdir()
+    (half / ".checkpoint.safetensors").write_bytes(b"half of")
     result = call(*TRAIN, "--out", str(whole), "--resume")
     assert result.exit_code == 0, result.output
+    assert not half.exists()
     assert all(torch.equal(leaf, before[key]) for key, leaf in final(whole).items())
 
 
@@ -176,7 +182,7 @@ def test_other_data_are_refused(tmp_path: Path) -> None:
     before = final(tmp_path / "run")
 
     (ants / "0.png").rename(ants / "renamed.png")
-    assert "names, order or classes of the pictures have changed" in str(call(*resume).exception)
+    assert "names, order or classes have changed" in str(call(*resume).exception)
     for i in range(1, 9):
         (ants / f"{i}.png").unlink()
     assert "train was 24 pictures and is 16 pictures." in str(call(*resume).exception)
@@ -184,6 +190,17 @@ def test_other_data_are_refused(tmp_path: Path) -> None:
         (tmp_path / "insects" / half / "bees").rename(tmp_path / "insects" / half / "wasps")
     assert "classes was ants, bees and is ants, wasps; train was 24" in str(call(*resume).exception)
     assert all(torch.equal(leaf, before[key]) for key, leaf in final(tmp_path / "run").items())
+
+
+def test_other_pictures_in_memory_are_refused(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One pixel, as many pictures and classes."""
+    bundle = sklearn.datasets.load_digits()
+    bundle.images[-1, -1, 3] += 1
+    monkeypatch.setattr(sklearn.datasets, "load_digits", lambda: bundle)
+    result = call(*TRAIN, "--out", str(whole), "--resume")
+    assert "the pictures, their names, order or classes have changed" in str(result.exception)
+    bundle.images[-1, -1, 3] -= 1
+    assert call(*TRAIN, "--out", str(whole), "--resume").exit_code == 0
 
 
 def test_what_was_just_written_is_kept(tmp_path: Path) -> None:
@@ -220,8 +237,9 @@ def test_what_cannot_be_trained_is_known_before_anything_is_written(tmp_path: Pa
 
 
 def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path) -> None:
-    for name in (".00000003.0123456789abcdef.safetensors", ".tmpPmyP8I"):
-        (tmp_path / name).write_bytes(b"half of")
+    half = tmp_path / ".00000003.safetensors.another-machine.0123456789abcdef"
+    half.mkdir()
+    (half / ".00000003.safetensors").write_bytes(b"half of")
     start = TrainState.start(*purecnn.create("lenet5").init(random.key(0)), adamw(1e-3))
     states.save(tmp_path, 4, states.Standing(0, Position.start(start), ()), keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["00000004.safetensors"]

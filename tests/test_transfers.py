@@ -107,7 +107,7 @@ def check(device: str, model: purecnn.Model, size: int, **settings: Any) -> None
 @pytest.mark.parametrize("update", ["formula", "kernel"])
 @pytest.mark.parametrize("name", STEPS)
 def test_every_kind_of_step(name: str, update: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rule, "_fusible", lambda columns, rate: update == "kernel")
+    monkeypatch.setattr(rule, "_fusible", lambda columns: update == "kernel")
     check(device, purecnn.create("resnet20_cifar"), 32, **STEPS[name])
 
 

@@ -27,6 +27,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 import purecnn
+from converters.arguments import writable
 from converters.screen import notes, print_json, screen, table
 from purecnn import data, pictures, random, tree
 from purecnn.files import replacing
@@ -258,7 +259,7 @@ def run(
     source_images: Annotated[int, typer.Option(min=1, help="At most, of each source class.")] = 1000,
     epochs: Annotated[int, typer.Option(min=1, help="Times through the target's pictures.")] = 40,
     source_epochs: Annotated[int, typer.Option(min=1, help="Times through the source's pictures.")] = 8,
-    out: Annotated[Path, typer.Option(help="Folder for results.json and boosting.png.")] = Path(
+    out: Annotated[Path, typer.Option(callback=writable, help="Folder for results.json and boosting.png.")] = Path(
         "runs/channel-boosting"
     ),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.func import vmap
 
 import purecnn
+from converters.arguments import writable
 from converters.screen import notes, print_json, screen, table
 from purecnn import data, ensembles, random, tree
 from purecnn.ensembles import Reliability
@@ -128,7 +129,9 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def run(
-    out: Annotated[Path, typer.Option(help="The folder for pictures and results.json.")] = Path("runs/digit-ensemble"),
+    out: Annotated[Path, typer.Option(callback=writable, help="The folder for pictures and results.json.")] = Path(
+        "runs/digit-ensemble"
+    ),
     members: Annotated[int, typer.Option(min=2, help="Networks.")] = 16,
     data_name: Annotated[str, typer.Option("--data", help=f"Pictures: {', '.join(data.names())}.")] = "digits",
     epochs: Annotated[int, typer.Option(min=1, help="Of each network.")] = 10,

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.func import grad, hessian, vmap
 
 import purecnn
+from converters.arguments import writable
 from converters.screen import notes, print_json, screen, table
 from purecnn import data, random, tree
 from purecnn.curvature import hvp, ravel, unravel
@@ -174,7 +175,7 @@ def everything(examples: data.Examples, transform: data.Transform) -> tuple[Tens
 
 
 def run(
-    out: Annotated[Path, typer.Option(help="The folder for pictures and results.json.")] = Path(
+    out: Annotated[Path, typer.Option(callback=writable, help="The folder for pictures and results.json.")] = Path(
         "runs/influential-digits"
     ),
     epochs: Annotated[int, typer.Option(min=1, help="Of the LeNet-5 whose features are used.")] = 5,

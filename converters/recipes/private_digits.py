@@ -24,7 +24,7 @@ from rich.progress import track
 from torch import Tensor
 
 import purecnn
-from converters.arguments import Seed
+from converters.arguments import Seed, writable
 from converters.screen import notes, print_json, screen, table
 from purecnn import data as data_sets
 from purecnn import random
@@ -80,7 +80,9 @@ def run(
     learning_rate: Annotated[float, typer.Option(help="Of plain SGD.")] = 2.0,
     clip: Annotated[float, typer.Option(help="The largest norm of a digit's gradient.")] = 1.0,
     seed: Seed = 0,
-    out: Annotated[Path, typer.Option(help="Folder for results.json and curve.png.")] = Path("runs/private-digits"),
+    out: Annotated[Path, typer.Option(callback=writable, help="Folder for results.json and curve.png.")] = Path(
+        "runs/private-digits"
+    ),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
 ) -> None:
     """LeNet-5 on digits by DP-SGD: what accuracy an epsilon of 3 buys."""

@@ -105,6 +105,9 @@ def auxiliary(learner: Layer, *, norm: Norm = "batch") -> Layer:
         learner: a layer that gives images.
         norm: what it was trained with; see `purecnn.create`. The network that it is part of may have another one.
 
+    Raises:
+        ValueError: when it runs, if the learner gives no images.
+
     >>> from purecnn.layers import conv
     >>> params, state, _ = auxiliary(conv(2, 3)).init(torch.empty(1, 3, 8, 8, device="meta"), Mode())
     >>> params, {path: tuple(leaf.shape) for path, leaf in tree.flatten(state).items()}

@@ -143,6 +143,9 @@ def fractalnet_cifar(
         local_drop: rate at which a join drops an input.
         global_drop: rate at which an image goes through one column alone.
         num_classes: outputs of the head.
+
+    Raises:
+        ValueError: if a rate is out of range.
     """
     for name, rate in (("local_drop", local_drop), ("global_drop", global_drop)):
         if not 0 <= rate <= 1:

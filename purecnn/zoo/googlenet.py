@@ -66,7 +66,11 @@ def aux_head(num_classes: int, dropout: float) -> Layer:
 
 
 def to_half(x: Tensor) -> Tensor:
-    """From ImageNet's mean and deviation to mean and deviation 0.5, channel by channel."""
+    """From ImageNet's mean and deviation to mean and deviation 0.5, channel by channel.
+
+    Raises:
+        ValueError: unless there are three of them.
+    """
     if x.shape[1] != 3:
         raise ValueError(f"transform_input is for images with 3 channels, found {tuple(x.shape)}")
     means, stds = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

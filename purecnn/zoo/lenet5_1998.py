@@ -104,6 +104,9 @@ def lenet5_1998(*, num_classes: int = 10) -> Layer:
 
     Args:
         num_classes: output units, at most ten: the first so many digits.
+
+    Raises:
+        ValueError: for none or more than there are drawings.
     """
     if not 1 <= num_classes <= len(CODES):
         raise ValueError(f"there are drawings for 1 to {len(CODES)} classes, found num_classes={num_classes}")

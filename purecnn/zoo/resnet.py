@@ -60,7 +60,11 @@ def projection(width: int, stride: int) -> Layer:
 
 
 def basic(width: int, stride: int, groups: int, width_per_group: int) -> Layer:
-    """Figure 5, left: two 3x3 convolutions; for ResNet-18 and 34."""
+    """Figure 5, left: two 3x3 convolutions; for ResNet-18 and 34.
+
+    Raises:
+        ValueError: if it is to have groups or another width per group.
+    """
     if (groups, width_per_group) != (1, 64):
         raise ValueError(f"a basic block has groups=1 and width_per_group=64, found {groups} and {width_per_group}")
     main = serial(
