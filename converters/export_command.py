@@ -10,7 +10,7 @@ import typer
 from torch import Tensor
 
 from converters import export
-from converters.arguments import AsJson, load_source
+from converters.arguments import AsJson, load_source, writable
 from converters.screen import notes, print_json, screen
 from converters.sources import Source
 from purecnn import Model, random
@@ -39,6 +39,7 @@ def export_command(
         raise typer.BadParameter(f"{target} exists: nothing is overwritten", param_hint="TARGET")
     if compiled and target.suffix == ".onnx":
         raise typer.BadParameter("an .onnx file is not compiled: name a .pt2 file", param_hint="--compile")
+    writable(target.parent)
     found = load_source(source, model)
     network = found.model, found.params, found.state
     about = _about(found)
