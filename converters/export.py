@@ -197,9 +197,10 @@ def package(
         "results": _mapped(results, lambda name, _: name),
     }
     options = {**_OPTIONS, "aot_inductor.metadata": {**(notes or {}), _ABOUT: json.dumps(about)}}
-    if all(leaf.is_cpu for leaf in tensors) and _is_backward(whole):
-        options |= NO_LAYOUT
-    with replacing(path) as file:
+    if all(leaf.is_cpu for leaf in tensors):
+        # In evaluation, tensors of the function's own are put into the form that is fastest, once.
+        options |= NO_LAYOUT if _is_backward(whole) else {"freezing": True}
+    with replacing(path) as file, torch.no_grad():
         torch._inductor.aoti_compile_and_package(whole, package_path=str(file), inductor_configs=options)
 
 

@@ -10,9 +10,7 @@ package, made ahead of time (`converters.export`), where there is a compiler of 
 
 import functools
 import statistics
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,14 +21,12 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 import purecnn
-from converters import export
 from purecnn import random, tree
 from purecnn.capture import captured
 from purecnn.optimizers import sgd
 from purecnn.training import TrainState, make_step
 from purecnn.tree import Tree
-from tests.benchmarks.race import Row, Setting, check, images, pair, rows, signed, take_turns
-from tests.table import COMPILER
+from tests.benchmarks.race import Row, Setting, check, images, package, pair, rows, signed, take_turns
 
 WHAT = "host cost of a call and of a step"
 NEEDS_GPU = False
@@ -151,15 +147,6 @@ def evaluation(setting: Setting, name: str, build: Build, batch: int) -> Iterato
             what = f"{name}, overhead of a call"
             row = Row("B6", what, peer, mine, theirs, GOALS[peer], mine / theirs, len(times[""]))
             yield signed(setting, row)
-
-
-def package(setting: Setting, function: Callable[..., Any], *arguments: Any) -> Callable[..., Any] | None:
-    """The function, compiled ahead of time; None at toy size, since to compile takes longer than all else."""
-    if setting.toy or not COMPILER:
-        return None
-    with tempfile.TemporaryDirectory() as folder:
-        export.package(Path(folder, "package.pt2"), function, *arguments)
-        return export.load(Path(folder, "package.pt2"))
 
 
 def training(setting: Setting, name: str, build: Build, batch: int) -> Iterator[Row]:

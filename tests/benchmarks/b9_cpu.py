@@ -12,7 +12,7 @@ from purecnn import random, tree
 from purecnn.fold import fold, pack
 from purecnn.optimizers import sgd
 from purecnn.training import TrainState, make_step
-from tests.benchmarks.race import Constant, Row, Setting, check, images, pair, rows
+from tests.benchmarks.race import Constant, Row, Setting, check, images, package, pair, rows
 
 WHAT = "eager and folded on a CPU"
 NEEDS_GPU = False
@@ -28,7 +28,8 @@ def run(setting: Setting) -> Iterator[Row]:
             yield from training(setting, name, batch, donate=False)
     for name in setting.pick(("resnet18", "mobilenet_v2"), ()):
         yield from training(setting, name, 8, donate=True, compiled=True)
-    yield from frozen(setting)
+    for name in setting.pick(("resnet18", "mobilenet_v2"), ("resnet18",)):
+        yield from frozen(setting, name)
 
 
 def evaluation(setting: Setting, name: str, batch: int) -> list[Row]:
@@ -107,11 +108,11 @@ def initialisation(setting: Setting, name: str) -> list[Row]:
     )
 
 
-def frozen(setting: Setting) -> list[Row]:
-    """Folded, compiled, with weights as constants on both sides; and ours folded, packed and eager against that."""
+def frozen(setting: Setting, name: str) -> Iterator[Row]:
+    """Folded, compiled, with weights as constants on both sides; ours folded, packed and eager beside it; packaged."""
     import torch._inductor.config as inductor
 
-    name, batch = "resnet18", setting.pick(8, 2)
+    batch = setting.pick(8, 2)
     model, params, state, module = pair(name)
     module.eval()
     x, _ = images(setting, batch, setting.pick(224, 32))
@@ -121,8 +122,15 @@ def frozen(setting: Setting) -> list[Row]:
         ours = setting.compile(Constant(folded, fewer, rest), fullgraph=True)
         check(ours(x), theirs(x))
         peers = {"torch.compile, freezing": lambda: theirs(x)}
-        what = f"{name}, folded and compiled, batch {batch}"
-        result = rows(setting, "B9", what, lambda: ours(x), peers)
+        yield from rows(setting, "B9", f"{name}, folded and compiled, batch {batch}", lambda: ours(x), peers)
         packed, own = pack(folded, fewer, rest, x)
         what = f"{name}, folded and packed, batch {batch}"
-        return result + rows(setting, "B9", what, lambda: packed.apply(own, rest, x), peers)
+        yield from rows(setting, "B9", what, lambda: packed.apply(own, rest, x), peers)
+    ready = package(setting, lambda x: model.apply(params, state, x)[0], x)
+    if ready is None:
+        return
+    with torch.inference_mode():
+        check(ready(x), theirs(x))
+        peers["torchvision eager"] = lambda: module(x)
+        what = f"{name}, evaluation as a package, batch {batch}"
+        yield from rows(setting, "B9", what, lambda: ready(x), peers, goals={"torchvision eager": 0.8})

@@ -3,6 +3,7 @@
 import datetime
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -14,9 +15,11 @@ import torchvision
 from torch import Tensor, nn
 
 import purecnn
+from converters import export
 from converters import torchvision as tv
 from purecnn import tree
 from purecnn.tree import Tree
+from tests.table import COMPILER
 
 
 class Setting(NamedTuple):
@@ -193,6 +196,15 @@ def pair(
     model = purecnn.create(name, **settings)
     state_dict = {key: value.clone().to(device) for key, value in module.state_dict().items()}
     return model, *tv.from_state_dict(model, state_dict), module.to(device)
+
+
+def package(setting: Setting, function: Callable[..., Any], *arguments: Any) -> Callable[..., Any] | None:
+    """The function, compiled ahead of time; None at toy size, since to compile takes longer than all else."""
+    if setting.toy or not COMPILER:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        export.package(Path(folder, "package.pt2"), function, *arguments)
+        return export.load(Path(folder, "package.pt2"))
 
 
 class Constant(nn.Module):
