@@ -133,15 +133,15 @@ class Model:
         return self._init(Mode(train=True, batch_statistics=True, norm=self.norm))[:2]
 
     def _init(self, mode: Mode) -> tuple[Tree, Tree, Any]:
-        def run(mode: Mode, size: int) -> tuple[Tree, Tree, Any]:
-            return self.layer.init(self._images(size), mode)
-
         try:
-            return run(mode, self.image_size)
+            return self._sized(mode, self.image_size)
         except RuntimeError as error:
-            shapes = functools.partial(run, mode._replace(key=None, law=None))
+            shapes = functools.partial(self._sized, mode._replace(key=None, law=None))
             self._check_size(error, (self.image_size, self.image_size), shapes, (64, 128, 256, 512, 1024))
             raise
+
+    def _sized(self, mode: Mode, size: int) -> tuple[Tree, Tree, Any]:
+        return self.layer.init(self._images(size), mode)
 
     def _images(self, size: int) -> Tensor:
         return torch.empty(2, self.in_channels, size, size, device="meta")

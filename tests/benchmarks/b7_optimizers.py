@@ -1,7 +1,8 @@
 """B7: one step of the optimizer on the parameters of a ResNet-50.
 
 Against torch.optim's fused and foreach kernels; and, where they are installed, against the other libraries whose
-optimizers are functions: Optax, compiled by ``jax.jit``, with and without donated buffers, and TorchOpt.
+optimizers are functions: Optax, compiled by ``jax.jit``, with and without donated buffers, and TorchOpt. The pure one
+also as a package, compiled ahead of time.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ import purecnn
 from purecnn import random, tree
 from purecnn.optimizers import Optimizer, adamw, sgd
 from purecnn.tree import Tree
-from tests.benchmarks.race import Row, Setting, check, rows
+from tests.benchmarks.race import Row, Setting, check, package, rows
 
 WHAT = "optimizer step, resnet50's parameters"
 NEEDS_GPU = False
@@ -78,7 +79,20 @@ def race(
             leaf = found[path]
             check(mine, leaf if isinstance(leaf, Tensor) else torch.tensor(np.asarray(leaf)))
     what = f"{name}, {'donating' if donate else 'pure'}"
-    result = rows(setting, "B7", what, ours, peers, goals={"torch.optim, fused": 1.0})
+    goals = {"torch.optim, fused": 1.0}
+    result = rows(setting, "B7", what, ours, peers, goals=goals)
+    packaged = None if donate else package(setting, lambda *trees: optimizer.update(*trees), grads, opt_state, params)
+    if packaged is not None:
+        held = opt_state, params
+
+        def ready() -> None:
+            nonlocal held
+            params, opt_state = packaged(grads, *held)
+            held = opt_state, params
+
+        expected, found = (update(grads, *held)[0] for update in (optimizer.update, packaged))
+        check(tree.flatten(expected), tree.flatten(found))
+        result += rows(setting, "B7", f"{what}, as a package", ready, peers, goals=goals)
     return [row._replace(note=_version(row.peer)) if row.peer in others else row for row in result]
 
 
