@@ -1,6 +1,8 @@
 """Files of networks and functions do what the functions do."""
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,10 @@ import purecnn
 from converters import checkpoint, export
 from converters.export import ExportError
 from converters.files import FileError
-from purecnn import random
-from purecnn.optimizers import sgd
+from purecnn import ensembles, random
+from purecnn.optimizers import adamw, sgd
+from purecnn.per_sample import per_sample_gradients
+from purecnn.privacy import make_private_step
 from purecnn.step import TrainState, make_step
 from tests.table import CASES, COMPILER, Case
 from tests.test_cli import call, fails
@@ -152,6 +156,32 @@ def test_package_of_mapped_derivatives_with_draws_and_tensors_of_its_own(tmp_pat
         found, expected = loaded(params, images, key), each(params, images, key)
         assert_close(found["grads"], expected["grads"])
         assert found["given"] == (params["still"],)
+
+
+def ensemble() -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    keys, optimizer = random.split(KEY, 3), adamw(1e-2)
+    train_state = ensembles.start(*vmap(LENET.init)(keys), optimizer)
+    return ensembles.make_ensemble_step(LENET, optimizer), (train_state, arguments()[1], keys)
+
+
+def private() -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    step = make_private_step(LENET, sgd(0.1, momentum=0.9), clip=1.0, noise=1.0, expected_batch=4)
+    return step, arguments()
+
+
+def per_image() -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    params, state = LENET.init(KEY)
+    return functools.partial(per_sample_gradients, LENET), (params, state, arguments()[1])
+
+
+@compiles
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [ensemble, private, per_image])
+def test_package_of_other_functions(make: Callable[[], Any], tmp_path: Path) -> None:
+    function, given = make()
+    export.package(tmp_path / "x.pt2", function, *given)
+    found, expected = export.load(tmp_path / "x.pt2")(*given), function(*given)
+    assert_close(torch.utils._pytree.tree_leaves(found), torch.utils._pytree.tree_leaves(expected))
 
 
 def test_what_cannot_be_exported_is_named(tmp_path: Path) -> None:
