@@ -198,8 +198,8 @@ def named(name: str, layer: Layer) -> Layer:
             raise
         if inner.tap is not None:
             y = inner.tap(inner.path, x, y)
-        # PyTorch 2.11's compiler does not compare dictionaries by identity. A layer without statistics gives back none.
-        same = not after if torch.compiler.is_compiling() else after is before
+        # Statistics of the batch are new ones; PyTorch 2.11's compiler could not tell, of two dictionaries.
+        same = not after if mode.batch_statistics else after is before
         return y, state if same else {**state, name: after}
 
     return Layer(init, apply, frozenset((name,)))
