@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from converters.files import FileError
 from purecnn import Model
+from purecnn.eager import is_transformed
 from purecnn.files import replacing
 from purecnn.step import NO_LAYOUT
 from purecnn.tree import Tree
@@ -175,7 +176,7 @@ def package(
         FileError: if the name has another ending.
     """
     _check_ending(path, ".pt2")
-    given = _leaves(arguments)
+    given = {name: leaf.contiguous() for name, leaf in _leaves(arguments).items()}  # as `load` hands them over
     results: Any = None
 
     def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -193,7 +194,10 @@ def package(
     shapes = {name: [None, *leaf.shape[1:]] if open_batch else list(leaf.shape) for name, leaf in given.items()}
     about = {
         "arguments": _mapped(arguments, lambda name, _: name),
-        "tensors": [{"name": name, "shape": shapes[name], "dtype": str(leaf.dtype)} for name, leaf in given.items()],
+        "tensors": [
+            {"name": name, "shape": shapes[name], "dtype": str(leaf.dtype), "device": leaf.device.type}
+            for name, leaf in given.items()
+        ],
         "results": _mapped(results, lambda name, _: name),
     }
     options = {**_OPTIONS, "aot_inductor.metadata": {**(notes or {}), _ABOUT: json.dumps(about)}}
@@ -216,7 +220,8 @@ def load(path: str | os.PathLike[str]) -> Callable[..., Any]:
 
     Returns:
         A function of arguments like the examples. Named tuples, such as a train state, come back as tuples:
-        ``TrainState(*result)``. It raises `ExportError` if the arguments have other names, shapes or types.
+        ``TrainState(*result)``. It raises `ExportError` if the arguments have other names, shapes, types or devices, or
+        somebody differentiates or maps it: what is to be differentiated belongs into the package.
 
     Raises:
         FileError: if the file is missing, damaged or of another kind.
@@ -226,12 +231,14 @@ def load(path: str | os.PathLike[str]) -> Callable[..., Any]:
     try:
         compiled = torch._inductor.aoti_load_package(str(path))
         about = json.loads(compiled.get_metadata()[_ABOUT])
+        template, expected, results = about["arguments"], about["tensors"], about["results"]
     except (RuntimeError, KeyError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise FileError(f"{path} is no package for this machine and torch {torch.__version__}: {reason}") from error
-    template, expected, results = about["arguments"], about["tensors"], about["results"]
     shapes = [tuple(each["shape"]) for each in expected]
     dtypes = [getattr(torch, each["dtype"].removeprefix("torch.")) for each in expected]
+
+    devices = [each["device"] for each in expected]
 
     def run(*arguments: Any) -> Any:
         tensors: list[Tensor] = []
@@ -242,7 +249,14 @@ def load(path: str | os.PathLike[str]) -> Callable[..., Any]:
         if [leaf.dtype for leaf in tensors] != dtypes or [leaf.shape for leaf in tensors] != shapes:
             for leaf, each, shape, dtype in zip(tensors, expected, shapes, dtypes, strict=True):
                 _check(each["name"], leaf, shape, dtype)
-        found = iter(compiled.loader.boxed_run(tensors))
+        if [leaf.device.type for leaf in tensors] != devices:
+            raise ExportError(f"the package in {path} was made for tensors on {', '.join(sorted(set(devices)))}")
+        if is_transformed(*tensors):
+            raise ExportError(
+                f"the package in {path} is machine code, which cannot be differentiated, mapped or traced"
+            )
+        # The code goes through memory without a look at strides.
+        found = iter(compiled.loader.boxed_run(list(map(Tensor.contiguous, tensors))))
         return _filled(results, found)
 
     return run

@@ -119,6 +119,22 @@ def test_package_refuses_other_arguments(packaged: Path) -> None:
         loaded(train_state._replace(params={**train_state.params, "head": {}}), (images, labels), key)
     with pytest.raises(ExportError, match=r"found float at '1\.1'"):
         loaded(train_state, (images, 1.0), key)
+    with pytest.raises(ExportError, match="made for tensors on cpu"):
+        loaded(train_state, (images.to("meta"), labels), key)
+    with pytest.raises(ExportError, match="cannot be differentiated"):
+        loaded(train_state, (images.clone().requires_grad_(), labels), key)
+    with pytest.raises(ExportError, match="cannot be differentiated"):
+        vmap(lambda images: loaded(train_state, (images, labels), key))(images[None])
+
+
+@compiles
+def test_package_takes_any_layout(packaged: Path) -> None:
+    loaded = export.load(packaged)
+    train_state, (images, labels), key = arguments()
+    other = images.transpose(2, 3).contiguous().transpose(2, 3)
+    assert torch.equal(other, images)
+    assert other.stride() != images.stride()
+    assert_close(loaded(train_state, (other, labels), key), loaded(train_state, (images, labels), key), rtol=0, atol=0)
 
 
 @compiles

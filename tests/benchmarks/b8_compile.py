@@ -88,7 +88,8 @@ def first_step(name: str, side: str, device: str, toy: bool, clock: str = "wall"
         file = Path(cache, "gradient.pt2")
         if not file.exists():
             export.package(file, torch.func.grad_and_value(ours, has_aux=True), leaves, state, x, labels)
-        found, (loss, _) = export.load(file)(leaves, state, x, labels)
+        with torch.no_grad():
+            found, (loss, _) = export.load(file)(leaves, state, x, labels)
         grads = tuple(found.values())
     elif side == "ours":
         loss, _ = torch.compile(ours, fullgraph=True, backend=backend)(leaves, state, x, labels)
