@@ -141,7 +141,7 @@ def save_onnx(path: str | os.PathLike[str], program: ExportedProgram, notes: Not
             program, (), input_names=["images"], output_names=["logits"], dynamo=True, verbose=False
         )
     except ImportError as error:
-        raise ModuleNotFoundError('ONNX files need its packages: pip install "purecnn[onnx]"') from error
+        raise ModuleNotFoundError("ONNX files need packages: pip install onnx onnxscript") from error
     assert converted is not None
     converted.model.metadata_props.update(notes or {})
     with replacing(path) as file:

@@ -57,7 +57,9 @@ def export_command(
         print_json({"model": found.model.name, "file": str(target), "folded": fold, "difference": difference})
         return
     words = "not compared: onnxruntime is not installed"
-    if difference is not None:
+    if difference == 0:
+        words = "its logits equal purecnn's bit for bit"
+    elif difference is not None:
         words = f"its logits differ from purecnn's by {difference:.1e} of the largest at most"
     screen.print(f"{found.model.name} written to {target}; {words}", soft_wrap=True)
 
