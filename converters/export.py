@@ -13,6 +13,7 @@ a training step.
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -237,27 +238,29 @@ def load(path: str | os.PathLike[str]) -> Callable[..., Any]:
         raise FileError(f"{path} is no package for this machine and torch {torch.__version__}: {reason}") from error
     shapes = [tuple(each["shape"]) for each in expected]
     dtypes = [getattr(torch, each["dtype"].removeprefix("torch.")) for each in expected]
-
     devices = [each["device"] for each in expected]
+    places = {kind: (attrgetter(f"is_{kind}"), [kind == each for each in devices]) for kind in set(devices)}
+    read, write = _reader(template), _writer(results)
 
     def run(*arguments: Any) -> Any:
         tensors: list[Tensor] = []
         # What follows is all that a call costs on the host; why something does not fit is found out afterwards.
-        if not _collect(template, arguments, tensors):
+        if not (read(arguments, tensors) and all(isinstance(leaf, Tensor) for leaf in tensors)):
             different = {each["name"] for each in expected} ^ _leaves(arguments).keys()
             raise ExportError(f"the package in {path} was made for other tensors: {', '.join(sorted(different)[:5])}")
         if [leaf.dtype for leaf in tensors] != dtypes or [leaf.shape for leaf in tensors] != shapes:
             for leaf, each, shape, dtype in zip(tensors, expected, shapes, dtypes, strict=True):
                 _check(each["name"], leaf, shape, dtype)
-        if [leaf.device.type for leaf in tensors] != devices:
+        if any(list(map(is_there, tensors)) != all_there for is_there, all_there in places.values()):
             raise ExportError(f"the package in {path} was made for tensors on {', '.join(sorted(set(devices)))}")
         if is_transformed(*tensors):
             raise ExportError(
                 f"the package in {path} is machine code, which cannot be differentiated, mapped or traced"
             )
         # The code goes through memory without a look at strides.
-        found = iter(compiled.loader.boxed_run(list(map(Tensor.contiguous, tensors))))
-        return _filled(results, found)
+        if not all(map(Tensor.is_contiguous, tensors)):
+            tensors = list(map(Tensor.contiguous, tensors))
+        return write(iter(compiled.loader.boxed_run(tensors)))
 
     return run
 
@@ -301,29 +304,37 @@ def _leaves(value: Any) -> dict[str, Tensor]:
     return found
 
 
-def _collect(template: Any, value: Any, found: list[Tensor]) -> bool:
-    """Append the tensors of a tree in the template's order; False if it has others."""
-    if isinstance(template, dict):
-        fits = isinstance(value, Mapping) and value.keys() == template.keys()
-    else:
-        fits = isinstance(value, (tuple, list)) and len(value) == len(template)
-    if not fits:
-        return False
-    for name, part in template.items() if isinstance(template, dict) else enumerate(template):
-        each = value[name]
-        if isinstance(part, str):
-            if not isinstance(each, Tensor):
-                return False
-            found.append(each)
-        elif not _collect(part, each, found):
+def _reader(template: Any) -> Callable[[Any, list[Any]], bool]:
+    """``read(tree, found)`` appends the leaves of a tree in the template's order; False if it has others.
+
+    Made once, because a network has hundreds of leaves, and a call of it is to cost little.
+    """
+    kinds = (dict, Mapping) if isinstance(template, dict) else (tuple, list)
+    names = list(template if isinstance(template, dict) else range(len(template)))
+    inner = [(name, None if isinstance(template[name], str) else _reader(template[name])) for name in names]
+
+    def read(value: Any, found: list[Any]) -> bool:
+        if not isinstance(value, kinds) or len(value) != len(names):
             return False
-    return True
+        try:
+            for name, below in inner:
+                if below is None:
+                    found.append(value[name])
+                elif not below(value[name], found):
+                    return False
+        except KeyError:
+            return False
+        return True
+
+    return read
 
 
-def _filled(template: Any, leaves: Iterator[Tensor]) -> Any:
-    """A tree of names with tensors in their place; lists are tuples."""
+def _writer(template: Any) -> Callable[[Iterator[Tensor]], Any]:
+    """``write(leaves)`` is the template's tree with leaves in place of names; lists are tuples."""
     if isinstance(template, str):
-        return next(leaves)
+        return next
     if isinstance(template, dict):
-        return {name: _filled(part, leaves) for name, part in template.items()}
-    return tuple([_filled(part, leaves) for part in template])
+        parts = [(name, _writer(part)) for name, part in template.items()]
+        return lambda leaves: {name: write(leaves) for name, write in parts}
+    writers = [_writer(part) for part in template]
+    return lambda leaves: tuple([write(leaves) for write in writers])

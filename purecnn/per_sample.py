@@ -341,13 +341,20 @@ def _trace(
 
     def forward(params: Tree, state: Tree, images: Tensor, key: Any, hook: _Hook) -> _Ran:
         uses: _Uses = []
-        places = {id(leaf): path for path, leaf in tree.flatten(params).items()}
+        leaves = tree.flatten(params)
+
+        def place(name: str, leaf: Tensor, path: str) -> str:
+            """Where in the whole tree a layer's parameter is: at the layer's path, or where it is borrowed from."""
+            own = f"{path}.{name}" if path else name
+            if leaves.get(own) is leaf:
+                return own
+            for other, each in leaves.items():
+                if each is leaf:
+                    return other
+            raise ValueError(f"the layer {path!r} computes with other parameters than those of the tree")
 
         def around(layer: Layer, params: Tree, state: Tree, x: Any, mode: Mode) -> _After:
-            own = [name for name in params if name in layer.names]
-            if not all(id(params[name]) in places for name in own):
-                raise ValueError(f"the layer {mode.path!r} computes with other parameters than those of the tree")
-            paths = {name: places[id(params[name])] for name in own}
+            paths = {name: place(name, leaf, mode.path) for name, leaf in params.items() if name in layer.names}
             names = tuple(name for name, path in paths.items() if path in trained)
             if not names:
                 return layer.apply(params, state, x, mode)

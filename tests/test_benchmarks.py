@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.benchmarks import table
+from tests.benchmarks import picture, table
 from tests.benchmarks.__main__ import FIRST_ON_GPU, RACES
 from tests.benchmarks.race import Row, Setting, check, rows, take_turns
 
@@ -92,11 +92,13 @@ class TestTable:
 
     def test_render(self) -> None:
         missing = Row("B3", "all", "", note="not measured: no GPU")
-        text = table.render([missing, row("x", 0.7), row("y", 0.9)])
-        assert "| B3 | all |  |  |  |  |  | not measured: no GPU |" in text
-        assert "| B9 | x | torchvision | 0.70 | 0.80 | 1 ms | 2 ms | a |" in text
-        assert "**0.90**" in text  # the goal was missed
-        assert text.endswith("a: a machine; v; d.\n")
+        found = [row("x", 0.7), row("y", 0.9), row("x", 0.6, machine="a GPU", device="cuda", note="of 1.0")]
+        text = table.render([missing, *found])
+        assert "All: not measured: no GPU." in text
+        assert "| what | against | goal | a | b |" in text
+        assert "| x | torchvision (of 1.0) | 0.80 | 0.70 | 0.60 (1 ms, 2 ms) |" in text
+        assert "| y | torchvision | 0.80 | **0.90** |  |" in text  # the goal was missed
+        assert text.endswith("a: a machine; v; d.  \nb: a GPU; v; d.\n")
 
     def test_round_trip_and_page(self, tmp_path: Path) -> None:
         file, page = tmp_path / "rows.json", tmp_path / "page.md"
@@ -109,3 +111,12 @@ class TestTable:
         assert text.endswith("after\n")
         assert "old" not in text
         assert text.count(table.BEGIN) == text.count(table.END) == 1
+
+
+def test_picture(tmp_path: Path) -> None:
+    old = row("x", 0.9, date="2026-01-01")
+    new = row("x", 0.7, date="2026-01-02", machine="another")
+    missing = Row("B3", "all", "", note="not measured: no GPU")
+    assert picture.latest([new, old, missing]) == [new]
+    picture.draw([new, old, missing], tmp_path / "races.png")
+    assert (tmp_path / "races.png").read_bytes().startswith(b"\x89PNG")

@@ -274,6 +274,14 @@ def test_a_layer_used_twice() -> None:
     assert_clipping_is_right(model, params, state, batch(model))
 
 
+def test_one_tensor_in_two_places() -> None:
+    """Each place has a gradient of its own."""
+    model = model_of(serial(flat=flatten, into=linear(6), first=linear(6), act=relu, second=linear(6), head=linear(3)))
+    params, state = model.init(random.key(0))
+    params["second"] = params["first"]
+    assert_clipping_is_right(model, params, state, batch(model))
+
+
 def test_what_goes_around_the_layers_is_refused() -> None:
     plain = linear(3)
 
@@ -498,6 +506,7 @@ def test_backpack() -> None:
 
 
 def test_inference_mode_changes_no_norm() -> None:
+    table.need_derivatives_in_inference_mode()
     model = purecnn.create("lenet5")
     params, state = model.init(random.key(0))
     expected = per_sample_norms(model, params, state, batch(model, side=32))

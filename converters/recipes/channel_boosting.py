@@ -80,12 +80,12 @@ def noise(channels: int) -> Layer:
     def init(x: Tensor, mode: Mode) -> tuple[Tree, Tree, Tensor]:
         return {}, {}, x.new_empty(x.shape[0], channels, x.shape[2] // 2, x.shape[3] // 2)
 
-    def field(image: Tensor) -> Tensor:
-        _, height, width = image.shape
-        number = image.contiguous().view(torch.int32).long().sum() % 2**32
-        return random.normal(random.fold_in(random.key(0), number), (channels, height // 2, width // 2))
+    def apply(params: Tree, state: Tree, x: Tensor, mode: Mode) -> tuple[Tensor, Tree]:
+        shape = channels, x.shape[2] // 2, x.shape[3] // 2
+        numbers = x.contiguous().view(torch.int32).long().sum((1, 2, 3)) % 2**32
+        return torch.vmap(lambda number: random.normal(random.fold_in(random.key(0), number), shape))(numbers), state
 
-    return Layer(init, lambda params, state, x, mode: (torch.vmap(field)(x), state))
+    return Layer(init, apply)
 
 
 def parts(x: Tensor, size: int) -> list[Tensor]:

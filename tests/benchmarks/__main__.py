@@ -3,7 +3,7 @@
     python -m tests.benchmarks                     # all that this machine can
     python -m tests.benchmarks B7 B9 --json FILE   # some; rows in the file are replaced by new ones
     python -m tests.benchmarks --gpu --json FILE   # those of a GPU, the most wanted first, in half an hour
-    python -m tests.benchmarks --table --json FILE # and put all rows of the file into docs/benchmarks.md
+    python -m tests.benchmarks --table --json FILE # and put all rows of the file into docs/benchmarks.md and races.png
 
 A race that needs a GPU says so where there is none. ``--quick`` runs toy sizes once, to see that all works.
 With ``--keep-memory`` the C library keeps freed memory, as it does in the ``purecnn`` command.
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from converters.cli import keep_memory
-from tests.benchmarks import table
+from tests.benchmarks import picture, table
 from tests.benchmarks.race import CLOCKS, Row, Setting
 
 RACES = {
@@ -50,7 +50,9 @@ def main() -> None:
     parser.add_argument("--keep-memory", action="store_true", help="see above")
     parser.add_argument("--data", type=Path, help="a folder with CIFAR-10's pictures, for B1")
     parser.add_argument("--json", type=Path, help="rows are read from here, replaced, and written back")
-    parser.add_argument("--table", action="store_true", help="put the file's rows into docs/benchmarks.md")
+    parser.add_argument(
+        "--table", action="store_true", help="put the file's rows into docs/benchmarks.md and races.png"
+    )
     arguments = parser.parse_args()
     if unknown := [name for name in arguments.races if name not in RACES]:
         parser.error(f"there is no race {', '.join(unknown)}; there are {', '.join(RACES)}")
@@ -90,6 +92,7 @@ def main() -> None:
             table.write(arguments.json, rows)
     if arguments.table:
         table.update(rows)
+        picture.draw(rows)
     if failed:
         raise SystemExit(f"{', '.join(failed)} failed")
 

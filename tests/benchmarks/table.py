@@ -7,6 +7,17 @@ from pathlib import Path
 from tests.benchmarks.race import Row
 
 PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
+TITLES = {
+    "B1": "CIFAR-10 to 94 %",
+    "B2": "many networks at once",
+    "B3": "a training step of ResNet-50",
+    "B4": "inference",
+    "B5": "per-sample gradients",
+    "B6": "the host's cost of a small network",
+    "B7": "an optimizer's step, ResNet-50's parameters",
+    "B8": "time to the first compiled step",
+    "B9": "a CPU: initialisation, evaluation, training step",
+}
 BEGIN, END = "<!-- races: generated -->", "<!-- races: end -->"
 
 
@@ -34,25 +45,49 @@ def write(file: Path, rows: Iterable[Row]) -> None:
 
 
 def render(rows: Iterable[Row]) -> str:
-    """Markdown. Where a goal was missed the ratio is followed by the goal."""
+    """Markdown: for each race a table of ratios, with a column for each place where it was run.
+
+    A ratio in bold missed its goal. Times stand only beside a GPU's ratios; all are in the file.
+    """
     rows = list(rows)
-    places = list(dict.fromkeys((row.machine, row.versions, row.date) for row in rows if row.ratio is not None))
-    lines = ["| race | what | against | ratio | goal | ours | theirs | where |", "|---|---|---|---|---|---|---|---|"]
-    for row in rows:
-        cells = [row.race, row.what, row.peer]
-        if row.ratio is None:
-            cells += ["", _number(row.goal), "", "", row.note or "not measured"]
-        else:
-            letter = chr(ord("a") + places.index((row.machine, row.versions, row.date)))
-            met = row.goal is None or row.ratio <= row.goal
-            ratio = f"{row.ratio:.2f}" if met else f"**{row.ratio:.2f}**"
-            cells += [ratio, _number(row.goal), _time(row.ours), _time(row.theirs)]
-            cells += [f"{letter}; {row.note}" if row.note else letter]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines.append("")
-    for i, (machine, versions, date) in enumerate(places):
-        lines.append(f"{chr(ord('a') + i)}: {machine}; {versions}; {date}.  ")
+    places = list(dict.fromkeys(_place(row) for row in rows if row.ratio is not None))
+    letters = {place: chr(ord("a") + i) for i, place in enumerate(places)}
+    lines = []
+    for race in dict.fromkeys(row.race for row in rows):
+        lines += [f"### {race}: {TITLES[race]}", ""]
+        measured = [row for row in rows if row.race == race and row.ratio is not None]
+        columns = [place for place in places if any(_place(row) == place for row in measured)]
+        if columns:
+            lines.append(f"| what | against | goal | {' | '.join(letters[place] for place in columns)} |")
+            lines.append("|---|---|---|" + "---|" * len(columns))
+        for what in dict.fromkeys(row.what for row in measured):
+            first = what  # said once
+            for peer in dict.fromkeys(row.peer for row in measured if row.what == what):
+                own = [row for row in measured if (row.what, row.peer) == (what, peer)]
+                notes = ", ".join(dict.fromkeys(row.note for row in own if row.note))
+                cells = [first, f"{peer} ({notes})" if notes else peer, _number(own[-1].goal)]
+                cells += ["".join(_cell(row) for row in own if _place(row) == place) for place in columns]
+                lines.append(f"| {' | '.join(cells)} |")
+                first = ""
+        if columns:
+            lines.append("")
+        for row in rows:
+            if row.race == race and row.ratio is None:
+                lines += [f"{row.what[0].upper()}{row.what[1:]}: {row.note or 'not measured'}.", ""]
+    for machine, versions, date in places:
+        lines.append(f"{letters[machine, versions, date]}: {machine}; {versions}; {date}.  ")
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _place(row: Row) -> tuple[str, str, str]:
+    return row.machine, row.versions, row.date
+
+
+def _cell(row: Row) -> str:
+    ratio = _number(row.ratio)
+    met = row.goal is None or row.ratio is None or row.ratio <= row.goal
+    times = f" ({_time(row.ours)}, {_time(row.theirs)})" if row.device != "cpu" else ""
+    return f"{ratio if met else f'**{ratio}**'}{times}"
 
 
 def update(rows: Iterable[Row], page: Path = PAGE) -> None:
