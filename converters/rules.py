@@ -140,7 +140,9 @@ def to_trees(model: Model, rules: Rules, tensors: Mapping[str, Tensor]) -> tuple
     names = list(tensors)
     params, state = leaves(model, rules)
     if not any(key.endswith(".num_batches_tracked") for key in tensors):
-        zeros = {leaf.key: torch.zeros((), dtype=torch.int64) for leaf in state if leaf.path.endswith(".count")}
+        device = next(iter(tensors.values())).device if tensors else None
+        zero = torch.zeros((), dtype=torch.int64, device=device)
+        zeros = {leaf.key: zero.clone() for leaf in state if leaf.path.endswith(".count")}
         tensors = {**tensors, **zeros}
     expected = {leaf.key: leaf.meta for leaf in (*params, *state)}
     missing = [key for key in expected if key not in tensors]

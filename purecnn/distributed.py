@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["agreed", "from_first", "rank", "share", "total", "total_flowing", "world_size"]
+__all__ = ["agreed", "from_first", "least", "rank", "share", "total", "total_flowing", "world_size"]
 
 _T = TypeVar("_T")
 
@@ -68,6 +68,15 @@ def share(images: int, device: torch.device) -> Tensor:
 def agreed(wish: bool) -> bool:
     """Whether any process wishes it."""
     return bool(total({"": torch.tensor(int(wish), device=_device())})[""]) if world_size() > 1 else wish
+
+
+def least(number: int) -> int:
+    """The smallest of all processes' numbers."""
+    if world_size() == 1:
+        return number
+    message = torch.tensor(number, device=_device())
+    dist.all_reduce(message, dist.ReduceOp.MIN)
+    return int(message)
 
 
 def from_first(value: _T) -> _T:

@@ -157,7 +157,7 @@ def _pairs(model: Model, params: Tree, state: Tree) -> list[tuple[_Run, _Run]]:
     )
     places = [{id(leaf): path for path, leaf in tree.flatten(each).items()} for each in (params, state)]
     dtype = next(iter(tree.flatten(params).values())).dtype
-    images = torch.empty(1, model.in_channels, model.image_size, model.image_size, dtype=dtype, device="meta")
+    images = torch.empty(2, model.in_channels, model.image_size, model.image_size, dtype=dtype, device="meta")
     uses = _Uses()
     runs: list[_Run] = []
 

@@ -93,7 +93,8 @@ class Mode(NamedTuple):
         """
         if self.key is None:
             raise ValueError("this layer draws random numbers in training: pass key=purecnn.random.key(seed)")
-        return random.fold_in(self.key, _number(self.path))
+        # A step's own draws take small numbers of the same key, and the number of "" is 0.
+        return random.fold_in(self.key, _number(self.path or DRAW))
 
     def bernoulli(self, p: float, shape: tuple[int, ...]) -> Tensor:
         """This layer's mask, each value True with probability ``p``; a tap sees it, and may replace it.

@@ -227,15 +227,21 @@ def _hardsigmoid(x: Tensor) -> Tensor:
     # also in double: so does this.
     if not is_transformed(x):
         return F.hardsigmoid(x)
-    rising = F.relu6(x + 3)
+    exact = x if x.dtype.itemsize > 2 else x.float()  # short numbers, too, torch computes in single precision
+    rising = F.relu6(exact + 3)
     y = rising * 0.1666666716337204
-    return y + (rising / 6 - y).detach()
+    return (y + (rising / 6 - y).detach()).to(x.dtype)
 
 
 hardsigmoid = stateless(_hardsigmoid, keeps_shape=True)
 
 
-def batch_norm(eps: float = 1e-5, momentum: float = 0.1) -> Layer:
+def _affine(shape: tuple[int, ...], scale: bool = True) -> dict[str, Leaf]:
+    """What a normalisation learns."""
+    return {**({"weight": Leaf(shape, 1.0)} if scale else {}), "bias": Leaf(shape, 0.0)}
+
+
+def batch_norm(eps: float = 1e-5, momentum: float = 0.1, *, scale: bool = True) -> Layer:
     """Batch normalisation of each channel (Ioffe and Szegedy 2015, arXiv:1502.03167, algorithm 1).
 
     ``(b, c, h, w) -> (b, c, h, w)``.
@@ -247,32 +253,36 @@ def batch_norm(eps: float = 1e-5, momentum: float = 0.1) -> Layer:
     Args:
         eps: keeps the division finite.
         momentum: the share of the running statistics that a batch replaces.
+        scale: whether there is a weight; without, it is one.
 
     Raises:
-        ValueError: in training, if a channel has but one value.
+        ValueError: in training, if a channel has but one value; if the images have longer numbers than the statistics.
     """
-    group = group_norm(eps=eps)
+    group = group_norm(eps=eps, scale=scale)
 
     def leaves(x: Tensor) -> Leaves:
         shape = (x.shape[1],)
-        return (
-            {"weight": Leaf(shape, 1.0), "bias": Leaf(shape, 0.0)},
-            {"mean": Leaf(shape, 0.0), "var": Leaf(shape, 1.0), "count": Leaf((), 0)},
-        )
+        return _affine(shape, scale), {"mean": Leaf(shape, 0.0), "var": Leaf(shape, 1.0), "count": Leaf((), 0)}
 
     def apply(params: Tree, state: Tree, x: Tensor, mode: Mode) -> tuple[Tensor, Tree]:
-        weight, bias, mean, var = params["weight"], params["bias"], state["mean"], state["var"]
+        bias, mean, var = params["bias"], state["mean"], state["var"]
+        weight = params["weight"] if scale else torch.ones_like(bias)
         dtype = x.dtype
         if dtype != mean.dtype:  # shorter numbers than the statistics
+            if dtype.itemsize > mean.dtype.itemsize:
+                raise ValueError(f"images in {dtype} take statistics at least as long, found {mean.dtype}")
             weight, bias = weight.to(mean.dtype), bias.to(mean.dtype)
             if is_mapped_or_nested():  # where torch cannot mix types
                 x = x.to(mean.dtype)
+        if mode.batch_statistics and not len(x) and not mode.synchronized:
+            # No images have no statistics. They count as a batch, as with torch.nn.
+            mode, state = mode._replace(batch_statistics=False), {**state, "count": state["count"] + 1}
         if not mode.batch_statistics:
             if is_mapped() and not torch.compiler.is_compiling():
                 # One pass, where torch's rule makes three.
-                scale = weight * (var + eps).rsqrt()
+                slope = weight * (var + eps).rsqrt()
                 shape = (-1, *(1,) * (x.ndim - 2))
-                y = torch.addcmul((bias - mean * scale).view(shape), x, scale.view(shape))
+                y = torch.addcmul((bias - mean * slope).view(shape), x, slope.view(shape))
                 return y if y.dtype == dtype else y.to(dtype), state
             # F.batch_norm without its way through Python; the last argument allows cuDNN.
             y = torch.batch_norm(x, weight, bias, mean, var, False, momentum, eps, True)
@@ -282,7 +292,8 @@ def batch_norm(eps: float = 1e-5, momentum: float = 0.1) -> Layer:
             raise ValueError(f"a batch's statistics need more than one value per channel, found {tuple(x.shape)}")
         if mode.synchronized:
             y, m, v, values = _normalized_over_processes(x.to(mean.dtype), eps)
-            y = y * rearrange(weight, "c -> c 1 1") + rearrange(bias, "c -> c 1 1")
+            shape = (-1, *(1,) * (x.ndim - 2))
+            y = y * weight.view(shape) + bias.view(shape)
         elif is_mapped_or_nested():
             # The operator below has no vmap rule, nor all derivatives. This one has, but gives the deviation in place
             # of the variance.
@@ -298,7 +309,7 @@ def batch_norm(eps: float = 1e-5, momentum: float = 0.1) -> Layer:
         mean, var = momentum * m + (1 - momentum) * mean, momentum * v + (1 - momentum) * var
         return y.to(dtype), {**state, "mean": mean, "var": var, "count": state["count"] + 1}
 
-    names = ("weight", "bias", "mean", "var", "count")
+    names = (*(["weight"] if scale else []), "bias", "mean", "var", "count")
     batch = parametric(leaves, apply, *names, keeps_shape=True, kind=Normalization(1))
 
     def init(x: Any, mode: Mode) -> tuple[Tree, Tree, Any]:
@@ -313,13 +324,14 @@ def batch_norm(eps: float = 1e-5, momentum: float = 0.1) -> Layer:
 def _normalized_over_processes(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The batch of all processes, of mean 0 and variance 1; its mean, variance, and number of values in a channel."""
     values = distributed.total({"": torch.full((), float(x.numel() // x.shape[1]), device=x.device)})[""]
-    m = distributed.total_flowing(reduce(x, "b c h w -> c", "sum")) / values
-    centred = x - rearrange(m, "c -> c 1 1")
-    v = distributed.total_flowing(reduce(centred.square(), "b c h w -> c", "sum")) / values
-    return centred * rearrange((v + eps).rsqrt(), "c -> c 1 1"), m.detach(), v.detach(), values
+    shape = (-1, *(1,) * (x.ndim - 2))
+    m = distributed.total_flowing(reduce(x, "b c ... -> c", "sum")) / values
+    centred = x - m.view(shape)
+    v = distributed.total_flowing(reduce(centred.square(), "b c ... -> c", "sum")) / values
+    return centred * (v + eps).rsqrt().view(shape), m.detach(), v.detach(), values
 
 
-def group_norm(groups: int = 32, eps: float = 1e-5) -> Layer:
+def group_norm(groups: int = 32, eps: float = 1e-5, *, scale: bool = True) -> Layer:
     """Normalise groups of channels of each image by their own mean and variance (Wu and He 2018, arXiv:1803.08494).
 
     ``(b, c, h, w) -> (b, c, h, w)``. No image knows of the others, so it trains with batches of one, and each image has
@@ -328,17 +340,19 @@ def group_norm(groups: int = 32, eps: float = 1e-5) -> Layer:
     Args:
         groups: at most so many; the largest number that divides the channels.
         eps: keeps the division finite.
+        scale: whether there is a weight; without, it is one.
     """
 
     def leaves(x: Tensor) -> Leaves:
-        shape = (x.shape[1],)
-        return {"weight": Leaf(shape, 1.0), "bias": Leaf(shape, 0.0)}, {}
+        return _affine((x.shape[1],), scale), {}
 
     def apply(params: Tree, state: Tree, x: Tensor, mode: Mode) -> tuple[Tensor, Tree]:
         count = next(n for n in range(min(groups, x.shape[1]), 0, -1) if x.shape[1] % n == 0)
-        return F.group_norm(x, count, params["weight"], params["bias"], eps), state
+        weight = params["weight"] if scale else torch.ones_like(params["bias"])
+        return F.group_norm(x, count, weight, params["bias"], eps), state
 
-    return parametric(leaves, apply, "weight", "bias", keeps_shape=True, kind=Normalization(1))
+    names = ("weight", "bias") if scale else ("bias",)
+    return parametric(leaves, apply, *names, keeps_shape=True, kind=Normalization(1))
 
 
 def conv_norm(
@@ -372,8 +386,7 @@ def layer_norm(eps: float = 1e-5) -> Layer:
     """
 
     def leaves(x: Tensor) -> Leaves:
-        shape = (x.shape[-1],)
-        return {"weight": Leaf(shape, 1.0), "bias": Leaf(shape, 0.0)}, {}
+        return _affine((x.shape[-1],)), {}
 
     def apply(params: Tree, state: Tree, x: Tensor, mode: Mode) -> tuple[Tensor, Tree]:
         weight, bias = params["weight"], params["bias"]
@@ -477,7 +490,8 @@ def max_pool(kernel: int, stride: int, padding: int = 0, *, ceil_mode: bool = Fa
     """
 
     def pool(x: Tensor) -> Tensor:
-        if kernel < 3 or not x.is_cpu or is_mapped() or not x.is_contiguous():
+        # Torch sums the derivatives of short numbers in another order.
+        if kernel < 3 or not x.is_cpu or is_mapped() or not x.is_contiguous() or x.dtype.itemsize < 4:
             return torch.max_pool2d(x, kernel, stride, padding, 1, ceil_mode)
         # On a CPU torch walks through channels-last images four times faster, but back through their layout it takes
         # longer. So the places of the maxima come from there, and what is differentiated fetches them from here.

@@ -61,7 +61,7 @@ def per_sample_gradients(
 ) -> Tree:
     """The gradient of each image's loss: a tree like ``params`` whose leaves have the batch as their first axis.
 
-    Works under ``torch.func`` and, without ``memory``, in compiled code.
+    Without ``memory``, works under ``torch.func`` and in compiled code.
 
     Args:
         model, params, state: the network.
@@ -78,7 +78,7 @@ def per_sample_gradients(
 
     Raises:
         ValueError: if images would not have gradients of their own, because batch normalisation uses the batch's
-            statistics; or if ``memory`` is too little.
+            statistics; or if ``memory`` is too little, or given under ``torch.func`` or to a compiler.
 
     >>> import purecnn
     >>> model = purecnn.create("lenet5")
@@ -107,6 +107,8 @@ def per_sample_gradients(
     mapped = torch.func.vmap(gradient, in_dims=dims)
     if memory is None:
         return tree.unflatten(mapped(trained, frozen, state, images, labels, keys))
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        raise ValueError("per_sample_gradients fills memory piece by piece: leave memory out under a transformation")
     size = _chunk_size(mapped, (trained, frozen, state, images, labels, keys), memory)
     # Pieces go to their places at once: to put them together later would take the memory twice.
     result = {path: leaf.new_empty((len(images), *leaf.shape)) for path, leaf in trained.items()}
@@ -228,6 +230,7 @@ def clipped_gradient_sum(
     """
     if not isinstance(clip, Tensor) and not clip > 0:
         raise ValueError(f"clip must be positive, found {clip}")
+    _check(state, train, statistics)
     if not len(batch[0]):  # as a Poisson sample may be
         nothing = tree.map(torch.zeros_like, tree.unflatten(partition(params, trainable)[0]))
         outputs, _ = model.apply(params, state, batch[0], train=train, key=key, statistics=statistics)
@@ -263,6 +266,7 @@ def per_sample_norms(
     >>> per_sample_norms(model, params, state, (torch.zeros(2, 1, 32, 32), torch.tensor([3, 3]))).diff()
     tensor([0.])
     """
+    _check(state, train, statistics)
     if not len(batch[0]):
         return next(iter(partition(params, trainable)[0].values())).new_zeros(0)
     return _trace(model, params, state, batch, train, key, statistics, loss, trainable).norms()
@@ -334,7 +338,6 @@ def _trace(
     loss: Loss | None,
     trainable: Trainable | None,
 ) -> _Traced:
-    _check(state, train, statistics)
     images, labels = batch
     trained, frozen = partition(params, trainable)
     criterion = loss or model.loss or loss_function
@@ -378,7 +381,8 @@ def _trace(
 
         return torch.func.vmap(single)(outputs, labels)
 
-    if is_transformed(images, *trained.values(), *frozen.values()) or torch.is_inference_mode_enabled():
+    inputs = images, labels, *trained.values(), *frozen.values(), *tree.flatten(state).values()
+    if is_transformed(*inputs) or torch.is_inference_mode_enabled():
         uses, losses, outputs = _transformed(forward, losses_of, params, state, images, key)
     else:
         with torch.enable_grad():
@@ -520,7 +524,7 @@ def _direct(use: _Use, names: tuple[str, ...], params: Tree, state: Tree) -> _Le
         case Linear():
             rules = {"weight": lambda: _rows(signal).mT @ _rows(x), "bias": lambda: _rows(signal).sum(1)}
         case Normalization(axis):
-            plain = {"weight": torch.ones_like(params["weight"]), "bias": torch.zeros_like(params["bias"])}
+            plain = {name: torch.full_like(leaf, float(name == "weight")) for name, leaf in params.items()}
             rules = {
                 "weight": lambda: _rows((signal * layer.apply(plain, state, x, mode)[0]).movedim(axis, -1)).sum(1),
                 "bias": lambda: _rows(signal.movedim(axis, -1)).sum(1),

@@ -123,7 +123,8 @@ def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
             raise ValueError(f"data must be in [0, 2**32), got {data}")
         if _is_plain(key):
             k0, k1 = key.tolist()
-            return torch.tensor(_threefry_of_ints(k0, k1, int(data)))  # as below, but twenty times faster
+            # As below, but twenty times faster.
+            return torch.tensor(_threefry_of_ints(k0, k1, int(data)), device=key.device)
         count = torch.full((), data, dtype=torch.int64, device=key.device).to(torch.int32)
     else:
         raise TypeError(f"data must be an int or an integer tensor, got {type(data).__name__}")

@@ -60,7 +60,8 @@ class _Recompute(torch.autograd.Function):
             found = ctx.run(*every)
             return tuple(found[i] for i in flowing)
 
-        if torch._C._functorch.peek_interpreter_stack() is None:  # without what a further derivative would need
+        if torch._C._functorch.peek_interpreter_stack() is None and not torch.is_grad_enabled():
+            # Without what a further derivative would need.
             with torch.enable_grad():
                 fresh = [leaves[i].detach().requires_grad_() for i in chosen]
                 pulled = torch.autograd.grad(outputs(*fresh), fresh, signals, allow_unused=True)

@@ -169,8 +169,9 @@ def _is_dense(leaf: Tensor) -> bool:
 
 
 def _like(grad: Tensor, param: Tensor) -> Tensor:
-    """The gradient in the parameter's layout: the kernels walk through memory without a look at strides."""
-    return grad if grad.stride() == param.stride() else torch.empty_like(param).copy_(grad)
+    """The gradient in the parameter's type and layout: the kernels walk through memory without a look at strides."""
+    same = grad.dtype == param.dtype and grad.stride() == param.stride()
+    return grad if same else torch.empty_like(param).copy_(grad)
 
 
 # For rules ---------------------------------------------------------------------------------------------------

@@ -168,9 +168,9 @@ def make_step(
         statistics: what batch normalisation uses: the batch's, or ``"running"`` ones, which then stay frozen, or
             ``"global"``, those of all processes' batches.
         policy: types of numbers; with half precision the loss is scaled, and a step whose gradients are infinite
-            changes nothing but the scale.
-        accumulate: work through the batch in so many parts, one after the other, for less memory. The gradient is
-            that of the whole; batch normalisation sees the parts.
+            changes nothing but the scale, and is counted.
+        accumulate: work through the batch in so many parts, one after the other, for less memory; in fewer if it has
+            fewer images. The gradient is that of the whole; batch normalisation sees the parts.
         average: keep a moving average of parameters and statistics, ``a += (1 - d) * (p - a)`` where d rises to this
             number, ``min(average, (1 + step) / (10 + step))``, as TensorFlow's ``ExponentialMovingAverage`` does.
         remat: see `Model.apply`. A compiler decides by itself what it keeps, so by default nothing is compiled then.
@@ -226,7 +226,8 @@ def make_step(
             truth = labels if labels.ndim == 1 else labels.argmax(1)
             return value if scale is None else value * scale, (after, (logits.argmax(1) == truth).sum(), value)
 
-        if is_transformed(images, *trained.values(), *frozen.values()) or torch.is_inference_mode_enabled():
+        inputs = images, labels, *trained.values(), *frozen.values(), *tree.flatten(state).values()
+        if is_transformed(*inputs) or torch.is_inference_mode_enabled():
             grads, (_, (after, correct, value)) = torch.func.grad_and_value(objective, has_aux=True)(trained)
             return grads, after, Metrics(value, correct)
         # torch.func keeps what a second derivative would need, which takes up to a tenth of a step's time. Where
@@ -262,7 +263,10 @@ def make_step(
         if accumulate == 1:
             grads, after, metrics = run(trained, frozen, state, batch, key, (count,), scale)
         else:
-            grads, after, metrics = _accumulated(run, trained, frozen, state, batch, key, count, scale, accumulate)
+            parts = min(accumulate, max(len(batch[1]), 1))
+            if statistics == "global":  # each part's are of all processes
+                parts = distributed.least(parts)
+            grads, after, metrics = _accumulated(run, trained, frozen, state, batch, key, count, scale, parts)
         if part is not None:
             # Statistics of all are the same everywhere, and frozen ones stay.
             differs = after if statistics == "batch" else {}
@@ -270,10 +274,11 @@ def make_step(
             after = differs or after
 
         before = params
+        finite = None
         if not scaled:
             updated, opt_state = optimizer.update(grads, opt_state, trained, donate=donate)
         else:
-            updated, opt_state, after, scaling = _unless_infinite(
+            finite, updated, opt_state, after, scaling = _unless_infinite(
                 optimizer, grads, opt_state, trained, (state, after), extra["loss_scale"]
             )
             extra = {**extra, "loss_scale": scaling}
@@ -282,7 +287,7 @@ def make_step(
         # In the order of the tree that came in.
         params = tree.unflatten({**tree.flatten(before), **tree.flatten(updated)})
         if average is not None:
-            extra = {**extra, "average": _averaged(extra, params, after, average, count)}
+            extra = {**extra, "average": _averaged(extra, params, after, average, count, finite)}
         return TrainState(params, after, opt_state, count + 1, extra), metrics
 
     return step
@@ -301,7 +306,7 @@ def _accumulated(
 ) -> tuple[_Leaves, Tree, Metrics]:
     """The gradient of a batch, part by part."""
     images = len(batch[1])
-    chunks = list(zip(*(each.chunk(parts) for each in batch), strict=True))
+    chunks = list(zip(*(each.tensor_split(parts) for each in batch), strict=True))
     total: _Leaves = {}
     loss = correct = torch.zeros((), device=count.device)
     for i, chunk in enumerate(chunks):
@@ -337,8 +342,8 @@ def _unless_infinite(
     trained: _Leaves,
     states: tuple[Tree, Tree],
     scaling: Tree,
-) -> tuple[Tree, Tree, Tree, Tree]:
-    """The update by gradients of a scaled loss. Where some are infinite all stays, and the scale is halved.
+) -> tuple[Tensor, Tree, Tree, Tree, Tree]:
+    """Whether all gradients of a scaled loss are finite, and the update. If not, all stays and the scale is halved.
 
     It is doubled after 2,000 good steps, as in torch.amp.GradScaler.
     """
@@ -355,13 +360,16 @@ def _unless_infinite(
     scale = torch.where(finite, torch.where(grown, 2 * scale, scale), scale / 2)
     updated = {path: keep(leaf, trained[path]) for path, leaf in tree.flatten(updated).items()}
     opt_state = tree.map(keep, new_state, opt_state)
-    return updated, opt_state, tree.map(keep, *reversed(states)), {"scale": scale, "good": torch.where(grown, 0, good)}
+    scaling = {"scale": scale, "good": torch.where(grown, 0, good)}
+    return finite, updated, opt_state, tree.map(keep, *reversed(states)), scaling
 
 
-def _averaged(extra: Tree, params: Tree, state: Tree, decay: float, count: Tensor) -> Tree:
+def _averaged(extra: Tree, params: Tree, state: Tree, decay: float, count: Tensor, finite: Tensor | None) -> Tree:
     if "average" not in extra:
         raise ValueError("there is no average yet: begin with TrainState.start(..., average=True)")
     weight = 1 - ((1 + count) / (10 + count)).clamp(max=decay)
+    if finite is not None:  # a step that changes nothing moves no average
+        weight = weight * finite
 
     def nearer(mean: Tensor, leaf: Tensor) -> Tensor:
         return mean.lerp(leaf, weight.to(mean.dtype)) if mean.is_floating_point() else leaf

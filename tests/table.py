@@ -174,9 +174,9 @@ class Case(NamedTuple):
         """With its dropout, unless told otherwise."""
         return purecnn.create(self.name, **{**self.settings, **settings})
 
-    def quiet(self) -> Model:
+    def quiet(self, **settings: Any) -> Model:
         """Without dropout."""
-        return self.model(**dict.fromkeys(TABLE[self.name].draws, 0.0))
+        return self.model(**dict.fromkeys(TABLE[self.name].draws, 0.0), **settings)
 
     def images(self, batch: int = 2, seed: int = 7) -> Tensor:
         """Random images."""

@@ -31,11 +31,15 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "frozen": (QUIET, {"statistics": "running"}),
     "no norm": (FORKED, {"accumulate": 2, "average": 0.9}),
 }
+PARTS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "synchronized parts": (QUIET, {"statistics": "global", "accumulate": 4}),
+}
+"""In one process the parts would be of other images."""
 
 
 def trained(name: str, part: tuple[int, int]) -> TrainState:
     """After 20 steps."""
-    model, settings = CASES[name]
+    model, settings = (CASES | PARTS)[name]
     optimizer = sgd(0.05, momentum=0.9)
     step = make_step(model, optimizer, **settings)
     now = TrainState.start(*model.init(random.key(0)), optimizer, average="average" in settings)
@@ -69,7 +73,8 @@ def work(rank: int, folder: str) -> None:
     expected = torch.autograd.grad(loss(tree.unflatten(leaves_)), list(leaves_.values()))
     for x, y in zip(tree.flatten(slopes).values(), expected, strict=True):
         torch.testing.assert_close(x, y)
-    for name in CASES:
+    assert distributed.least(rank + 3) == 3
+    for name in CASES | PARTS:
         now = trained(name, (rank, 2))
         if name == "frozen":
             begun = tree.flatten(CASES[name][0].init(random.key(0))[1])
@@ -87,6 +92,9 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
             together = torch.load(tmp_path / f"{name}-{rank}.pt", weights_only=True)
             for x, y in zip(together, alone, strict=True):
                 torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
+    for name in PARTS:  # of four and three images, in three parts each
+        one, other = (torch.load(tmp_path / f"{name}-{rank}.pt", weights_only=True) for rank in (0, 1))
+        assert all(map(torch.equal, one, other))
 
 
 def test_parts_make_up_the_batch() -> None:

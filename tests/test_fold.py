@@ -125,12 +125,14 @@ class TestOnlyWhatFollowsDirectly:
         assert self.left(block=Layer(both.init, apply, both.names)) == 1
 
 
-def test_group_normalisation_stays() -> None:
-    model = purecnn.create("resnet18", norm="group", num_classes=3)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_group_normalisation_stays(case: Case) -> None:
+    model = case.quiet(norm="group")
     params, state = model.init(random.key(0))
+    assert not state
     folded, same, _ = fold(model, params, state)
     assert tree.flatten(same).keys() == tree.flatten(params).keys()
-    x = random.normal(random.key(1), (1, 3, 32, 32))
+    x = case.images()
     assert torch.equal(folded.apply(same, {}, x)[0], model.apply(params, state, x)[0])
 
 

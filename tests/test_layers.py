@@ -241,3 +241,36 @@ def test_a_layer_is_a_value() -> None:
     layer: Any = conv(2, 1)
     with pytest.raises(AttributeError):
         layer.names = frozenset()
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (2, 3, 4, 4)])
+def test_statistics_of_all_processes_where_there_is_one(shape: tuple[int, ...]) -> None:
+    x = images(*shape)
+    y, _, state = run(batch_norm(), x)
+    found, _, found_state = run(batch_norm(), x, TRAIN._replace(synchronized=True))
+    assert_close({"y": found, **found_state}, {"y": y, **state})
+
+
+def test_no_images_have_no_statistics() -> None:
+    module = nn.BatchNorm2d(3)
+    nothing = torch.zeros(0, 3, 4, 4)
+    y, _, state = run(batch_norm(), nothing)
+    assert torch.equal(y, module(nothing))
+    names = {"running_mean": "mean", "running_var": "var", "num_batches_tracked": "count"}
+    assert all(torch.equal(buffer, state[names[name]]) for name, buffer in module.named_buffers())
+
+
+def test_images_longer_than_the_statistics() -> None:
+    params, state, _ = batch_norm().init(torch.empty(1, 3, 4, 4, device="meta"), Mode(key=KEY))
+    with pytest.raises(ValueError, match=r"images in torch.float64 take statistics .*found torch.float32"):
+        batch_norm().apply(to(torch.float64, params), state, images(2, 3, 4, 4).double(), TRAIN)
+
+
+def test_normalisation_without_scale() -> None:
+    x = images(2, 6, 4, 4)
+    for kind in (batch_norm, layers.group_norm):
+        y, params, state = run(kind(scale=False), x)
+        assert list(params) == ["bias"]
+        expected, _, expected_state = run(kind(), x)
+        assert torch.equal(y, expected)
+        assert_close(state, expected_state)

@@ -112,7 +112,7 @@ def test_clipped_sum_equals_the_materialised_one(family: str) -> None:
 def test_training_mode_without_batch_statistics(family: str) -> None:
     """With group normalisation in place of the batch's, training mode has gradients of single images."""
     case = table.CASES[family]
-    model = case.model(norm="group", **dict.fromkeys(table.TABLE[case.name].draws, 0.0))
+    model = case.quiet(norm="group")
     params, state = model.init(random.key(0))
     assert state == {}
     data = case.images(2), torch.tensor([0, 1])
@@ -391,6 +391,12 @@ def test_memory_cuts_the_batch() -> None:
     assert 1 < fewer[1] < fewer[0] <= 8
     with pytest.raises(ValueError, match=f"take {result:,}, and one"):
         per_sample_gradients(GROUPED, params, state, data, memory=result)
+
+    def mapped(images: Tensor) -> Tree:
+        return per_sample_gradients(GROUPED, params, state, (images, data[1]), memory=10**9)
+
+    with pytest.raises(ValueError, match="leave memory out under a transformation"):
+        torch.func.vmap(mapped)(data[0][None])
 
 
 # Peers -------------------------------------------------------------------------------------------------------

@@ -203,6 +203,10 @@ def test_poisson_sampling() -> None:
 def test_extreme_rates() -> None:
     assert poisson_sample(random.key(0), 5, 1.0).tolist() == [0, 1, 2, 3, 4]
     assert poisson_sample(random.key(0), 5, 0.0).tolist() == []
+    words = random.bits(random.key(0), (100_000,))
+    least = int(words.min())  # of 32 bits, most of which a float does not have
+    assert poisson_sample(random.key(0), len(words), least / 2**32).tolist() == []
+    assert poisson_sample(random.key(0), len(words), (least + 1) / 2**32).tolist() == [int(words.argmin())]
     with pytest.raises(ValueError, match="rate must be in"):
         poisson_sample(random.key(0), 5, 1.5)
 

@@ -120,6 +120,14 @@ def test_fold_in_is_a_function(key: Tensor, a: int, b: int) -> None:
     assert torch.equal(random.fold_in(key, torch.tensor([[a], [b]])), torch.stack([one, other])[:, None])
 
 
+def test_keys_stay_on_their_device() -> None:
+    key = random.key(1)
+    with torch.device("meta"):
+        assert random.fold_in(key, 1).is_cpu
+        assert random.split(key).is_cpu
+        assert random.uniform(key, (3,)).is_cpu
+
+
 def test_fold_in_takes_tensors_modulo_32_bits() -> None:
     for data in (torch.tensor(-1), torch.tensor(-1, dtype=torch.int32), torch.tensor(2**33 - 1)):
         assert torch.equal(random.fold_in(KEY, data), random.fold_in(KEY, 2**32 - 1))

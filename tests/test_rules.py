@@ -201,5 +201,7 @@ def test_files_without_batch_counters() -> None:
     assert len(counters) == 20
     _, old = to_trees(net, rules, {key: leaf for key, leaf in flat.items() if key not in counters})
     assert differences(old, state) == []
+    elsewhere = {key: leaf.to("meta") for key, leaf in flat.items() if key not in counters}
+    assert all(leaf.is_meta for leaf in tree.flatten(to_trees(net, rules, elsewhere)[1]).values())
     with pytest.raises(ConversionError, match="1 missing: "):
         to_trees(net, rules, {key: leaf for key, leaf in flat.items() if key != counters[3]})

@@ -9,14 +9,14 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 import purecnn
-from purecnn import augment, numbered, random, serial, tree
+from purecnn import Mode, augment, numbered, random, serial, tree
 from purecnn.layers import conv, dropout
 from purecnn.optimizers import adamw, sgd
 from purecnn.precision import POLICIES, Policy
 from purecnn.remat import rematerialize
 from purecnn.step import TrainState, make_step
 from tests import table
-from tests.test_training import FORKED, TINY, batch, close, equal, head, model_of, start
+from tests.test_training import CLASSES, FORKED, TINY, batch, close, equal, head, model_of, start
 
 NUMBERED = model_of(
     serial(
@@ -63,6 +63,23 @@ def test_recomputing_goes_with_every_transformation() -> None:
         return grad(slope)(params)
 
     tree.map(torch.testing.assert_close, hessian_vector(True), hessian_vector(False))
+
+
+def test_recomputing_goes_with_second_derivatives_of_autograd() -> None:
+    params, state = TINY.init(random.key(0))
+    images, labels = batch(0)
+
+    def penalty(remat: bool) -> list[Tensor]:
+        own = tree.map(lambda leaf: leaf.clone().requires_grad_(), params)
+        x = images.clone().requires_grad_()
+        logits, _ = TINY.apply(own, state, x, train=True, key=random.key(1), remat=remat)
+        (slope,) = torch.autograd.grad(F.cross_entropy(logits, labels), x, create_graph=True)
+        leaves = list(tree.flatten(own).values())
+        return list(torch.autograd.grad(slope.square().sum(), leaves, materialize_grads=True))
+
+    assert any(leaf.count_nonzero() for leaf in penalty(False))
+    for one, other in zip(penalty(True), penalty(False), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_recomputing_keeps_only_what_goes_in() -> None:
@@ -127,15 +144,18 @@ def test_short_numbers_train_nearly_as_long_ones_do(name: str) -> None:
 def test_an_infinite_gradient_changes_the_scale_alone() -> None:
     policy = POLICIES["float16"]
     optimizer = adamw(0.01)
-    step = make_step(TINY, optimizer, policy=policy)
-    before = start(TINY, optimizer, policy=policy)
+    step = make_step(TINY, optimizer, policy=policy, average=0.9)
+    before = start(TINY, optimizer, policy=policy, average=True)
+    # As the average lags behind in training.
+    average = {"average": tree.map(lambda x: x + 1 if x.is_floating_point() else x, before.extra["average"])}
     scale = before.extra["loss_scale"]["scale"]
-    huge = before._replace(extra={"loss_scale": {"scale": scale * 2.0**20, "good": torch.tensor(5)}})
+    huge = before._replace(extra={**average, "loss_scale": {"scale": scale * 2.0**20, "good": torch.tensor(5)}})
     after, _ = step(huge, batch(0), random.key(1))
     for name in ("params", "state", "opt_state"):
         tree.map(lambda x, y: torch.equal(x, y) or pytest.fail("changed"), getattr(after, name), getattr(before, name))
+    tree.map(lambda x, y: torch.equal(x, y) or pytest.fail("moved"), after.extra["average"], average["average"])
     assert after.extra["loss_scale"] == {"scale": scale * 2.0**19, "good": torch.tensor(0)}
-    ready = before._replace(extra={"loss_scale": {"scale": scale, "good": torch.tensor(1999)}})
+    ready = before._replace(extra={**average, "loss_scale": {"scale": scale, "good": torch.tensor(1999)}})
     after, _ = step(ready, batch(0), random.key(1))
     assert after.extra["loss_scale"] == {"scale": 2 * scale, "good": torch.tensor(0)}
 
@@ -297,3 +317,31 @@ def test_inference_mode_changes_no_gradient() -> None:
     with torch.inference_mode():
         found, _ = step(start(TINY, optimizer), batch(0), random.key(1))
     close(found, expected)
+
+
+def test_derivatives_by_labels() -> None:
+    """Also where the labels, as shares, are all that somebody differentiates by."""
+    optimizer = sgd(0.1)
+    images, labels = batch(0)
+    shares = F.one_hot(labels, CLASSES).float().requires_grad_()
+    step = make_step(TINY, optimizer)
+
+    def after(shares: Tensor) -> Tensor:
+        now, _ = step(start(TINY, optimizer), (images, shares), random.key(1))
+        return now.params["head"]["linear"]["weight"].square().sum()
+
+    (found,) = torch.autograd.grad(after(shares), shares)
+    torch.testing.assert_close(found, grad(after)(shares.detach()))
+    assert found.count_nonzero()
+
+
+def test_augmentation_and_a_draw_at_the_root_are_different() -> None:
+    keys: list[Tensor] = []
+
+    def augmented(images: Tensor, key: Tensor) -> Tensor:
+        keys.append(key)
+        return images
+
+    step = make_step(TINY, sgd(0.1), augment=augmented)
+    step(start(TINY, sgd(0.1)), batch(0), random.key(1))
+    assert not torch.equal(keys[0], Mode(key=random.fold_in(random.key(1), 0)).draw_key())

@@ -87,16 +87,7 @@ def identity_start(key: Tensor, shape: tuple[int, ...], /, dtype: torch.dtype = 
 
 def norm() -> Layer:
     """Batch normalisation without scale."""
-    full = batch_norm(eps=1e-12, momentum=0.4)
-
-    def leaves(x: Tensor) -> Leaves:
-        shape = (x.shape[1],)
-        return {"bias": Leaf(shape, 0.0)}, {"mean": Leaf(shape, 0.0), "var": Leaf(shape, 1.0), "count": Leaf((), 0)}
-
-    def apply(params: Tree, state: Tree, x: Tensor, mode: Mode) -> tuple[Tensor, Tree]:
-        return full.apply({**params, "weight": torch.ones_like(params["bias"])}, state, x, mode)
-
-    return parametric(leaves, apply, "bias", "mean", "var", "count", keeps_shape=True)
+    return batch_norm(eps=1e-12, momentum=0.4, scale=False)
 
 
 def group(width: int) -> Layer:
