@@ -86,9 +86,15 @@ def cutout(size: int) -> Augment:
 
 
 def normalize(mean: Sequence[float], std: Sequence[float]) -> Augment:
-    """From bytes to ``(byte / 255 - mean) / std``, float32; it draws nothing."""
+    """From bytes to ``(byte / 255 - mean) / std``, float32; it draws nothing.
+
+    Raises:
+        TypeError: when it is called, if the images are no bytes.
+    """
 
     def augment(images: Tensor, key: Tensor) -> Tensor:
+        if images.dtype != torch.uint8:
+            raise TypeError(f"normalize takes bytes, uint8, found {images.dtype}")
         m, s = (
             # Made where the images are: a tensor of a list would be brought there from the host at every call.
             torch.stack([torch.full((1, 1), value, device=images.device) for value in each])

@@ -79,13 +79,23 @@ def stack(members: Sequence[Members]) -> Members:
     return joined
 
 
-def unstack(members: Members) -> list[Members]:
+def unstack(members: Members, *, mapped: Trainable | None = None) -> list[Members]:
     """The members' trees, as views of the stacked one: no number is copied.
+
+    Args:
+        members: a tensor, or a tree or (named) tuple of them.
+        mapped: of a tree of parameters, which have an axis of members, by path; the others are shared. By default all.
+
+    Raises:
+        ValueError: if leaves have different numbers of members.
 
     >>> [tree["weight"].tolist() for tree in unstack({"weight": torch.eye(2)})]
     [[1.0, 0.0], [0.0, 1.0]]
     """
-    return [_member(members, i) for i in range(_count(members))]
+    if mapped is None:
+        return [_member(members, i) for i in range(_count(members))]
+    own, shared = partition(members, mapped)  # type: ignore[arg-type]
+    return [tree.unflatten({**shared, **each}) for each in unstack(own)]  # type: ignore[misc]
 
 
 def _member(stacked: Any, i: int | slice) -> Any:
@@ -103,12 +113,18 @@ def _alike(pattern: Any, children: Iterable[Any]) -> Any:
 
 
 def _count(stacked: Any) -> int:
-    if isinstance(stacked, Tensor):
-        return len(stacked)
-    for child in stacked.values() if isinstance(stacked, Mapping) else stacked:
-        if count := _count(child):
-            return count
-    return 0
+    """How many members there are.
+
+    Raises:
+        ValueError: if leaves differ in that.
+    """
+    counts: dict[int, str] = {}
+    for path, leaf in pytree.tree_flatten_with_path(stacked)[0]:
+        counts.setdefault(len(leaf) if leaf.ndim else 0, pytree.keystr(path))
+    if len(counts) > 1:
+        found = ", ".join(f"{count} in {path}" for count, path in list(counts.items())[:3])
+        raise ValueError(f"a leaf's first axis is that of the members, but there are {found}; are some leaves shared?")
+    return next(iter(counts), 0)
 
 
 def member_dims(params: Tree, mapped: Trainable | None = None) -> Tree:
@@ -197,7 +213,8 @@ def make_ensemble_step(
         optimizer's. The metrics are (members,).
 
     Raises:
-        ValueError: if ``chunk_size`` is less than 1, or as from `make_step`.
+        ValueError: if ``chunk_size`` is less than 1, or as from `make_step`; from the step, if its arguments are not
+            of as many members.
     """
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, found {chunk_size}")
@@ -217,6 +234,11 @@ def make_ensemble_step(
         train_state: TrainState, batch: Batch, key: Tensor | None = None, learning_rates: Tensor | None = None
     ) -> tuple[TrainState, Metrics]:
         params, state, opt_state, count, extra = train_state
+        if not count.ndim:
+            raise ValueError("the train state is of one network: begin with purecnn.ensembles.start")
+        for name, each in (("key", key), ("learning_rates", learning_rates)):
+            if each is not None and (not each.ndim or len(each) != len(count)):
+                raise ValueError(f"{name} has one for each of {len(count)} members, found {tuple(each.shape)}")
         leaves = tree.flatten(params)
         trained, _ = partition(leaves, trainable)
 
@@ -329,7 +351,12 @@ def logits(model: Model, params: Tree, state: Tree, x: Tensor, *, mapped: Traina
         state: their running statistics, stacked; or shared, if ``mapped`` is given.
         x: images, (batch, channels, height, width), for all members.
         mapped: which parameters are stacked, by path; by default all. The others are shared, see `member_dims`.
+
+    Raises:
+        ValueError: if leaves that should be stacked have different numbers of members.
     """
+    own = params if mapped is None else partition(params, mapped)[0]
+    _count((own, state) if mapped is None else own)
     dims = (member_dims(params, mapped), 0 if mapped is None and state else None, None)
     found: Tensor = vmap(lambda *arguments: model.apply(*arguments)[0], in_dims=dims)(params, state, x)
     return found

@@ -199,6 +199,8 @@ def named(name: str, layer: Layer) -> Layer:
             raise
         if inner.tap is not None:
             y = inner.tap(inner.path, x, y)
+            if y is None:
+                raise TypeError(f"a tap gives what flows on, found None for {inner.path!r}")
         # Statistics of the batch are new ones; PyTorch 2.11's compiler could not tell, of two dictionaries.
         same = not after if mode.batch_statistics else after is before
         return y, state if same else {**state, name: after}
@@ -215,6 +217,12 @@ def _rematerialized(layer: Layer, params: Tree, state: Tree, x: Any, mode: Mode)
 
 
 def _children(positional: tuple[Layer, ...], keyword: Mapping[str, Layer]) -> tuple[list[Layer], frozenset[str]]:
+    for name, layer in (*enumerate(positional), *keyword.items()):
+        if not isinstance(layer, Layer):
+            raise TypeError(
+                f"{name!r} is no layer but {layer!r}: call what makes one, and wrap a function of tensors in "
+                "purecnn.layers.stateless"
+            )
     layers = [*positional, *(named(name, layer) for name, layer in keyword.items())]
     names: frozenset[str] = frozenset()
     for layer in layers:

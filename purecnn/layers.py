@@ -75,10 +75,16 @@ def parametric(
         names: the names of all its parameters and statistics.
         keeps_shape: the output's shape is the input's, so nothing needs to be run to find it.
         kind: see `Layer.kind`.
+
+    Raises:
+        ValueError: from `Layer.init`, if ``leaves`` gives other names.
+        TypeError: likewise, if ``apply`` gives no pair.
     """
 
     def init(x: Any, mode: Mode) -> tuple[Tree, Tree, Any]:
         found = leaves(x)
+        if (made := {*found[0], *found[1]}) != set(names):
+            raise ValueError(f"a layer that declares {sorted(names)} makes {sorted(made)}")
 
         def draw(mode: Mode) -> _Trees:
             # A law is for what is trained.
@@ -92,7 +98,10 @@ def parametric(
             return *draw(mode), x
         abstract = mode._replace(key=None, law=None)
         params, state = draw(abstract)
-        y, _ = apply(params, state, x, abstract)
+        after = apply(params, state, x, abstract)
+        if not isinstance(after, tuple) or len(after) != 2:
+            raise TypeError(f"a layer's apply gives (output, state), found {type(after).__name__}")
+        y = after[0]
         if mode.key is not None:
             params, state = draw(mode)
         return params, state, y

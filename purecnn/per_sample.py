@@ -122,6 +122,8 @@ def per_sample_gradients(
 
 def _check(state: Tree, train: bool, statistics: Statistics) -> None:
     """Refuses statistics of the batch, where there are any."""
+    if statistics not in (None, "batch", "running"):
+        raise ValueError(f"statistics is 'batch', 'running' or None, found {statistics!r}")
     if state and (train if statistics is None else statistics != "running"):
         raise ValueError(
             "batch normalisation with the batch's statistics mixes the images, so that none has a gradient of its own: "

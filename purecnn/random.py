@@ -20,8 +20,9 @@ References:
 """
 
 import math
+import operator
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import SupportsIndex, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -54,7 +55,7 @@ _WORD = 0xFFFFFFFF
 _PIECE = 1 << 16
 
 
-def key(seed: int, device: torch.device | str | None = None) -> Tensor:
+def key(seed: SupportsIndex, device: torch.device | str | None = None) -> Tensor:
     """Makes a key from an integer.
 
     Args:
@@ -72,8 +73,9 @@ def key(seed: int, device: torch.device | str | None = None) -> Tensor:
     >>> key(42)
     tensor([ 0, 42])
     """
-    if not isinstance(seed, int):
+    if not isinstance(seed, SupportsIndex):
         raise TypeError(f"seed must be an int, got {type(seed).__name__}")
+    seed = operator.index(seed)  # NumPy's integers are integers, too
     if not 0 <= seed < 1 << 64:
         raise ValueError(f"seed must be in [0, 2**64), got {seed}")
     return torch.tensor([seed >> 32, seed & _WORD], dtype=torch.int64, device=device)

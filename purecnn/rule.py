@@ -79,7 +79,7 @@ def optimizer(
 
     Raises:
         ValueError: if the learning rate or ``weight_decay`` is a negative number; from ``update``, if the trees have
-            different names or the learning rate is no scalar.
+            different names, the state is another optimizer's or the learning rate is no scalar.
     """
     if isinstance(learning_rate, (int, float)) and learning_rate < 0:
         raise ValueError(f"the learning rate must not be negative, found {learning_rate}")
@@ -104,6 +104,11 @@ def optimizer(
     def update(
         grads: Tree, opt_state: Tree, params: Tree, learning_rate: LearningRate | None = None, *, donate: bool = False
     ) -> tuple[Tree, Tree]:
+        if opt_state.keys() != {"step", *moments}:
+            raise ValueError(
+                f"the optimizer keeps {sorted(moments)}, but its state has {sorted(opt_state.keys() - {'step'})}: "
+                "begin with the optimizer's own init"
+            )
         time = opt_state["step"] + 1
         chosen = default if learning_rate is None else learning_rate
         trees = [params, *(opt_state[name] for name in moments)]
@@ -143,7 +148,10 @@ def _columns(grads: Tree, *trees: Tree) -> tuple[list[str], list[list[Tensor]]]:
     paths = list(flat[1])
     for other in flat:
         if different := sorted(flat[1].keys() ^ other.keys()):
-            raise ValueError(f"params, grads and opt_state have different names: {', '.join(different[:5])}")
+            raise ValueError(
+                f"params, grads and opt_state have different names: {', '.join(different[:5])} (a step's trainable is "
+                "also TrainState.start's)"
+            )
     return paths, [list(map(each.__getitem__, paths)) for each in flat]
 
 

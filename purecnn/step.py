@@ -190,6 +190,10 @@ def make_step(
     """
     if accumulate < 1:
         raise ValueError(f"accumulate must be at least 1, found {accumulate}")
+    if statistics not in ("batch", "running", "global"):
+        raise ValueError(f"statistics is 'batch', 'running' or 'global', found {statistics!r}")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing is at least 0 and below 1, found {label_smoothing}")
     if average is not None and not 0 < average < 1:
         raise ValueError(f"average is between 0 and 1, found {average}")
     minimised = loss or model.loss
@@ -248,6 +252,8 @@ def make_step(
 
     def step(train_state: TrainState, batch: Batch, key: Tensor | None = None) -> tuple[TrainState, Metrics]:
         params, state, opt_state, count, extra = train_state
+        if count.ndim:
+            raise ValueError(f"a train state of {len(count)} members is for purecnn.ensembles.make_ensemble_step")
         trained, frozen = partition(params, trainable)
         # Compilation is for the outermost function: inside another's it is superfluous, inside vmap impossible.
         wanted = count.is_cuda and not remat if compile is None else compile

@@ -382,3 +382,15 @@ def test_size_counts_numbers(kinds: list[str]) -> None:
 def test_public_names_are_there() -> None:
     assert sorted(purecnn.__all__) == purecnn.__all__
     assert all(hasattr(purecnn, name) for name in purecnn.__all__)
+
+
+@pytest.mark.parametrize("child", [torch.relu, batch_norm, 8])
+def test_what_is_no_layer(child: Any) -> None:
+    with pytest.raises(TypeError, match=r"'act' is no layer but .*wrap a function of tensors in purecnn\.layers"):
+        serial(act=child)
+
+
+def test_a_tap_gives_what_flows_on() -> None:
+    layer = named("stem", identity)
+    with pytest.raises(TypeError, match="found None for 'stem'"):
+        layer.apply({}, {}, torch.ones(1), Mode(tap=lambda path, x, y: None))

@@ -406,3 +406,37 @@ def test_each_epoch_has_each_image_once() -> None:
     for member in order.unbind(1):
         assert sorted(member.flatten().tolist()) == list(range(10))
     assert not torch.equal(order, digit_ensemble.orders(KEYS, 2, images=10, batch_size=5))
+
+
+# What does not fit together ----------------------------------------------------------------------------------
+
+
+def test_members_of_heads_on_one_trunk() -> None:
+    model = purecnn.create("lenet5")
+    trunk, _ = model.init(random.key(0))
+    heads = vmap(lambda key: model.init(key)[0]["head"])(random.split(random.key(0), 8))
+    both = {**trunk, "head": heads}
+    with pytest.raises(ValueError, match=r"there are 6 in \['stem'\].*, 16 in .*are some leaves shared"):
+        unstack(both)
+    members = unstack(both, mapped=lambda path: path.startswith("head."))
+    assert len(members) == 8
+    model.check(members[3], {})
+    assert torch.equal(members[3]["head"]["linear"]["weight"], heads["linear"]["weight"][3])
+    with pytest.raises(ValueError, match="a leaf's first axis is that of the members"):
+        logits(model, trunk, {}, torch.zeros(1, 1, 32, 32))
+
+
+def test_an_ensemble_for_a_step_of_one_and_one_for_an_ensembles() -> None:
+    model, optimizer = purecnn.create("lenet5"), sgd(0.1)
+    params, state = model.init(random.key(0))
+    batch = torch.zeros(2, 1, 32, 32), torch.tensor([0, 1])
+    many = start(*vmap(model.init)(random.split(random.key(0), 3)), optimizer)
+    with pytest.raises(ValueError, match="a train state of 3 members is for"):
+        make_step(model, optimizer)(many, batch)
+    step = make_ensemble_step(model, optimizer)
+    with pytest.raises(ValueError, match="the train state is of one network"):
+        step(TrainState.start(params, state, optimizer), batch)
+    with pytest.raises(ValueError, match=r"key has one for each of 3 members, found \(4, 2\)"):
+        step(many, batch, random.split(random.key(0), 4))
+    with pytest.raises(ValueError, match=r"learning_rates has one for each of 3 members, found \(2,\)"):
+        step(many, batch, None, torch.ones(2))

@@ -274,3 +274,15 @@ def test_normalisation_without_scale() -> None:
         expected, _, expected_state = run(kind(), x)
         assert torch.equal(y, expected)
         assert_close(state, expected_state)
+
+
+def test_a_layer_makes_what_it_declares() -> None:
+    layer = layers.parametric(lambda x: ({"weight": Leaf((1,), 0.0)}, {}), lambda p, s, x, m: (x, s), "alpha")
+    with pytest.raises(ValueError, match=r"declares \['alpha'\] makes \['weight'\]"):
+        layer.init(torch.empty(1, device="meta"), Mode())
+
+
+def test_a_layers_apply_gives_a_pair() -> None:
+    layer = layers.parametric(lambda x: ({"weight": Leaf((1,), 0.0)}, {}), lambda p, s, x, m: x, "weight")  # type: ignore[arg-type, return-value]
+    with pytest.raises(TypeError, match=r"gives \(output, state\), found Tensor"):
+        layer.init(torch.empty(2, device="meta"), Mode())

@@ -624,3 +624,20 @@ def test_schedules_refuse_no_time() -> None:
     ):
         with pytest.raises(ValueError, match=r"at least 1|cannot rise"):
             wrong()
+
+
+@pytest.mark.parametrize(("one", "other"), [(adamw(0.1), sgd(0.1)), (sgd(0.1), sgd(0.1, momentum=0.9))])
+def test_another_optimizers_state(one: Optimizer, other: Optimizer) -> None:
+    params = {"weight": torch.ones(2)}
+    with pytest.raises(ValueError, match=r"the optimizer keeps \[.*\], but its state has \["):
+        other.update(params, one.init(params), params)
+
+
+def test_gradients_of_another_type() -> None:
+    params = {"weight": torch.ones(2)}
+    for optimizer in (sgd(0.1, momentum=0.9), adamw(0.1), rmsprop(0.1), lars(0.1), lamb(0.1), muon(0.1)):
+        short, long = (
+            optimizer.update({"weight": grad}, optimizer.init(params), params)[0]["weight"]
+            for grad in (torch.ones(2, dtype=torch.bfloat16), torch.ones(2))
+        )
+        assert torch.equal(short, long)

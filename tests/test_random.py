@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -118,6 +119,10 @@ def test_fold_in_is_a_function(key: Tensor, a: int, b: int) -> None:
     assert torch.equal(one, other) == (a == b)
     assert torch.equal(one, random.fold_in(key, torch.tensor(a)))
     assert torch.equal(random.fold_in(key, torch.tensor([[a], [b]])), torch.stack([one, other])[:, None])
+
+
+def test_a_seed_may_be_numpys() -> None:
+    assert torch.equal(random.key(np.int64(3)), random.key(3))
 
 
 def test_keys_stay_on_their_device() -> None:
