@@ -9,11 +9,10 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import purecnn
-from converters.files import FileError, opened, read, write
+from converters.files import Contents, FileError, contents, opened, write
 from converters.rules import ConversionError
 from purecnn import Model, tree
 from purecnn.data import Preprocessing
@@ -83,25 +82,33 @@ def load(path: str | os.PathLike[str]) -> tuple[Model, Tree, Tree]:
         FileError: if the file is missing, damaged or not a checkpoint.
         ConversionError: if its tensors are not those of its model.
     """
-    model = about(path).model
-    trees = tree.unflatten(read(path))
-    found = trees.get("params", {}), trees.get("state", {})
-    check(model, *found)
-    # safetensors sorts its keys; a model's trees are in the order of the network.
-    params, state = (tree.map(lambda _, leaf: leaf, *pair) for pair in zip(model.spec(), found, strict=True))
-    return model, params, state
+    found, params, state = restore(path, contents(path))
+    return found.model, params, state
 
 
-def is_checkpoint(path: str | os.PathLike[str]) -> bool:
-    """Whether a file is a checkpoint of ours, rather than other tensors.
+def is_checkpoint(found: Contents) -> bool:
+    """Whether a file holds a checkpoint of ours, rather than other tensors."""
+    return found.metadata.get("format") == FORMAT
+
+
+def restore(path: str | os.PathLike[str], found: Contents) -> tuple[About, Tree, Tree]:
+    """What a checkpoint says of itself, the model's parameters and its statistics, from what its file holds.
+
+    Args:
+        path: the file's name, for errors.
+        found: what it holds.
 
     Raises:
-        FileError: if it is missing, or a damaged safetensors file.
+        FileError: if it is not a checkpoint.
+        ConversionError: if its tensors are not those of its model.
     """
-    if Path(path).suffix != ".safetensors" and Path(path).is_file():
-        return False
-    with opened(path) as file:
-        return (file.metadata() or {}).get("format") == FORMAT
+    described = _about(path, found.metadata)
+    trees = tree.unflatten(found.tensors)
+    given = trees.get("params", {}), trees.get("state", {})
+    check(described.model, *given)
+    # safetensors sorts its keys; a model's trees are in the order of the network.
+    params, state = (tree.map(lambda _, leaf: leaf, *pair) for pair in zip(described.model.spec(), given, strict=True))
+    return described, params, state
 
 
 def about(path: str | os.PathLike[str]) -> About:
@@ -111,7 +118,10 @@ def about(path: str | os.PathLike[str]) -> About:
         FileError: if the file is missing, damaged or not a checkpoint.
     """
     with opened(path) as file:
-        metadata = file.metadata() or {}
+        return _about(path, file.metadata() or {})
+
+
+def _about(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> About:
     if metadata.get("format") != FORMAT:
         raise FileError(f"{path} is a safetensors file but not a checkpoint of purecnn; convert it first")
     try:

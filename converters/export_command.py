@@ -11,13 +11,18 @@ from torch import Tensor
 
 from converters import export
 from converters.arguments import AsJson, load_source, writable
+from converters.export import ExportError
 from converters.screen import notes, print_json, screen
 from converters.sources import Source
 from purecnn import Model, random
+from purecnn.files import replacing
 from purecnn.fold import fold as fold_norms
 from purecnn.tree import Tree
 
 Run: TypeAlias = Callable[[Tensor], Tensor]
+
+_BOUND = 1e-3
+"""How far a file's logits may be from the network's, in shares of the largest; another order of sums makes 1e-5."""
 
 
 def export_command(
@@ -31,7 +36,7 @@ def export_command(
 ) -> None:
     """Write a network as ONNX or for torch.export: a batch of any size to logits; then run the file and compare.
 
-    The file keeps the names of the classes and how pictures are prepared.
+    The file keeps the names of the classes and how pictures are prepared. If its logits are others, there is none.
     """
     if target.suffix not in (".onnx", ".pt2"):
         raise typer.BadParameter(f"{target} should end in .onnx or .pt2", param_hint="TARGET")
@@ -43,16 +48,21 @@ def export_command(
     found = load_source(source, model)
     network = found.model, found.params, found.state
     about = _about(found)
-    with notes.status("exporting"):
+    with notes.status("exporting"), replacing(target) as file:
         written = fold_norms(*network) if fold else network
         images = export.example(found.model, found.params, image_size)
         if compiled:
-            export.package(target, _logits(*written), images, open_batch=True, notes=about)
+            export.package(file, _logits(*written), images, open_batch=True, notes=about)
         elif target.suffix == ".pt2":
-            export.save_program(target, export.program(*written, image_size=image_size), about)
+            export.save_program(file, export.program(*written, image_size=image_size), about)
         else:
-            export.save_onnx(target, export.program(*written, image_size=image_size), about)
-        difference = _difference(_reader(target, compiled), _logits(*network), images.shape[1:])
+            export.save_onnx(file, export.program(*written, image_size=image_size), about)
+        difference = _difference(_reader(file, compiled), _logits(*network), images.shape[1:])
+        if difference is not None and not difference <= _BOUND:  # which nan is not, either
+            raise ExportError(
+                f"{target} is not written: its logits would differ from purecnn's by {difference:.1e} of the largest, "
+                f"and at most {_BOUND:.0e} is expected"
+            )
     if as_json:
         print_json({"model": found.model.name, "file": str(target), "folded": fold, "difference": difference})
         return
@@ -86,8 +96,10 @@ def _difference(run: Run | None, network: Run, shape: torch.Size) -> float | Non
         images = random.normal(random.key(count), (count, *shape))
         with torch.no_grad():
             expected = network(images)
-            shares.append(float((run(images) - expected).abs().max() / expected.abs().max()))
-    return max(shares)
+            farthest = (run(images) - expected).abs().max()
+        # Logits that are all zero have no shares, but may be equal.
+        shares.append(torch.where(farthest == 0, farthest, farthest / expected.abs().max()))
+    return float(torch.stack(shares).max())
 
 
 def _reader(path: Path, compiled: bool) -> Run | None:

@@ -5,7 +5,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors
 import torch
@@ -24,11 +24,28 @@ _VERSIONS = "torch_metadata"
 """Where a safetensors file keeps a state_dict's ``_metadata``, the versions of its modules."""
 
 
+class Contents(NamedTuple):
+    """What a file holds."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+    """What a ``.safetensors`` file says of itself; of another file nothing is known."""
+
+
 def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The tensors of a ``.safetensors`` file, or of any other that holds nothing but a state_dict saved by torch.
 
     Raises:
         FileError: if the file is missing, damaged or of another kind.
+    """
+    return contents(path).tensors
+
+
+def contents(path: str | os.PathLike[str]) -> Contents:
+    """As `read`, with what the file says of its tensors: both are of one file, even if somebody replaces it meanwhile.
+
+    Raises:
+        FileError: as from `read`.
     """
     if Path(path).suffix == ".safetensors":
         with opened(path) as file:
@@ -38,7 +55,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             order, versions = json.loads(metadata[_VERSIONS])
             tensors = OrderedDict((key, tensors[key]) for key in order)
             tensors._metadata = OrderedDict(versions)  # type: ignore[attr-defined]
-        return tensors
+        return Contents(tensors, metadata)
     if not Path(path).is_file():
         raise FileError(f"{path} does not exist")
     try:
@@ -47,7 +64,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         reason = str(error).partition("\n")[0]
         raise FileError(f"{path} is neither a .safetensors file nor a state_dict saved by torch: {reason}") from error
     if _is_state_dict(found):
-        return found
+        return Contents(found, {})
     entries = found if isinstance(found, dict) else {}
     inside = " and under ".join(repr(key) for key, entry in entries.items() if _is_state_dict(entry) and entry)
     if inside:
@@ -98,14 +115,23 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def opened(path: str | os.PathLike[str]) -> Any:
-    """A safetensors file, open for reading.
+    """A safetensors file, open for reading: one file, even if somebody replaces it meanwhile.
 
     Raises:
         FileError: if it is missing, damaged or of another kind.
     """
     if not Path(path).is_file():
         raise FileError(f"{path} does not exist")
-    try:
-        return safe_open(path, framework="pt")
-    except safetensors.SafetensorError as error:
-        raise FileError(f"{path} is damaged or not a safetensors file: {error}") from error
+    while True:
+        with Path(path).open("rb") as held:  # while it is open, no later file can pass for it
+            found: Any
+            try:
+                found = safe_open(path, framework="pt")
+            except (safetensors.SafetensorError, RuntimeError) as error:
+                found = error
+            # safetensors opens a file twice, for the description and for the numbers, so it may have got two.
+            if os.path.samestat(os.fstat(held.fileno()), Path(path).stat()):
+                break
+    if isinstance(found, Exception):
+        raise FileError(f"{path} is damaged or not a safetensors file: {found}") from found
+    return found

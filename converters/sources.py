@@ -53,14 +53,15 @@ def load(source: str | os.PathLike[str], name: str | None = None) -> Source:
     """
     path = Path(source)
     if path.is_file() or path.suffix:
-        if checkpoint.is_checkpoint(path):
-            about = checkpoint.about(path)
+        found = files.contents(path)
+        if checkpoint.is_checkpoint(found):
+            about, params, state = checkpoint.restore(path, found)
             if name not in (None, about.model.name):
                 raise ConversionError(f"{path} is a checkpoint of {about.model.name}, not of {name}")
-            return Source(*checkpoint.load(path), about.preprocessing, about.classes, about.origin)
+            return Source(about.model, params, state, about.preprocessing, about.classes, about.origin)
         if name is None:
             raise ConversionError(f"{path} does not say which model its weights are of: name the model")
-        return _from_state_dict(name, files.read(path), path.name)
+        return _from_state_dict(name, found.tensors, path.name)
     if name is None:
         raise ConversionError(f"{source} is no file, and weights of torchvision need the name of a model")
     entry = tv.weights_entry(purecnn.create(name), str(source))

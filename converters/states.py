@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from converters.files import FileError, opened, read, write
+from converters.files import FileError, contents, write
 from purecnn import tree
 from purecnn.training import Epoch, Position, TrainState
 from purecnn.tree import Tree
@@ -79,12 +79,11 @@ def load(folder: Path) -> Standing | None:
     if not files:
         return None
     path = files[-1]
-    with opened(path) as file:
-        metadata = file.metadata() or {}
+    tensors, metadata = contents(path)
     if metadata.get("format") != FORMAT:
         raise FileError(f"{path} does not hold where a run of this version of purecnn stands")
     found = json.loads(metadata["standing"])
-    trees = tree.unflatten(read(path))
+    trees = tree.unflatten(tensors)
     train_state = TrainState(
         trees["params"], trees.get("state", {}), trees["opt_state"], trees["step"], trees.get("extra", {})
     )

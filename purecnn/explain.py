@@ -191,7 +191,7 @@ def grad_cam(
     def record(name: str, x: Tensor, y: Tensor) -> Tensor:
         names.append(name)
         image = isinstance(y, Tensor) and y.ndim == 4
-        if image and (name == path or (path is None and "." not in name and y[0, 0].numel() > 1)):
+        if image and (name == path or (path is None and "." not in name and y.shape[2:].numel() > 1)):
             found[name] = y
         return y
 
@@ -242,14 +242,13 @@ def _mean_gradient(
 ) -> Tensor:
     """``sum_i weights[i] * gradient(point(i))``, with about ``chunk`` images at once."""
     total: Tensor | float = 0.0
-    some = max(1, chunk // len(point(0)))
+    batch = len(target)
+    some = max(1, chunk // max(1, batch))
     for start in range(0, len(weights), some):
         part = range(start, min(start + some, len(weights)))
         images = torch.cat([point(i) for i in part])
-        gradients = input_gradient(model, params, state, images, target.repeat(len(part))).reshape(
-            len(part), -1, *images.shape[1:]
-        )
+        gradients = input_gradient(model, params, state, images, target.repeat(len(part)))
         share = torch.tensor(weights[start : part.stop], dtype=images.dtype, device=images.device)
-        total = total + torch.tensordot(share, gradients.reshape(len(part), -1, *images.shape[1:]), 1)
+        total = total + torch.tensordot(share, gradients.reshape(len(part), batch, *images.shape[1:]), 1)
     assert isinstance(total, Tensor)
     return total

@@ -129,7 +129,8 @@ def truncated_normal(std: float, mean: float = 0.0, lower: float = -2.0, upper: 
     def init(key: Tensor, shape: tuple[int, ...], /, dtype: torch.dtype = torch.float32) -> Tensor:
         drawn = torch.promote_types(dtype, torch.float32)  # scaling should not round twice
         x = random.truncated_normal(key, (lower - mean) / std, (upper - mean) / std, shape, drawn)
-        return (x * std + mean).clamp(lower, upper).to(dtype)  # rounding may pass a bound
+        # Rounding may pass a bound, and a bound may be no number of the type.
+        return (x * std + mean).to(dtype).clamp(-_below(-lower, dtype), _below(upper, dtype))
 
     return init
 
@@ -259,6 +260,15 @@ def fan_in_uniform(fan_in: int | None = None) -> Initializer:
         return random.uniform(key, shape, dtype, -bound, bound)
 
     return init
+
+
+def _below(bound: float, dtype: torch.dtype) -> float:
+    """The largest number of a type that is no larger than a bound; of a bound beyond them all, the outermost one."""
+    info = torch.finfo(dtype)
+    if abs(bound) > info.max:
+        return math.copysign(info.max, bound)
+    unit = max(math.ldexp(info.eps, math.frexp(bound)[1] - 1), info.smallest_normal * info.eps)
+    return math.floor(bound / unit) * unit
 
 
 def _check_std(std: float) -> None:

@@ -40,7 +40,8 @@ class Posterior(NamedTuple):
     @property
     def precision_factor(self) -> Tensor:
         """The lower triangular ``L`` with precision ``L L^T``."""
-        return torch.linalg.cholesky(self.ggn + self.prior_precision * torch.eye(len(self.ggn)).to(self.ggn))
+        eye = torch.eye(len(self.ggn), dtype=self.ggn.dtype, device=self.ggn.device)
+        return torch.linalg.cholesky(self.ggn + self.prior_precision * eye)
 
 
 def laplace(

@@ -32,7 +32,8 @@ class Model:
     name: str
     layer: Layer
     settings: Mapping[str, Any]
-    """All settings it was built with, JSON-able: ``create(model.name, **model.settings)`` builds it again."""
+    """What it was built with, JSON-able. Of a model that `create` built these are all settings, and
+    ``create(model.name, **model.settings)`` builds it again; of one by `Model.of`, ``num_classes`` alone."""
     paper: Paper
     in_channels: int
     image_size: int
@@ -111,6 +112,7 @@ class Model:
                 ``law(path, shape)``, and answers with an initializer, a number, or None for the default.
 
         Raises:
+            ValueError: if ``law`` is none of these, or the paper's and the model is not the table's.
             RuntimeError: if images of the model's ``image_size`` are too small for it; says what it needs.
 
         >>> import purecnn
@@ -121,8 +123,13 @@ class Model:
         >>> params["head"]["linear"]["bias"][:2]
         tensor([0.5000, 0.5000])
         """
-        chosen = find(self.name).paper_law if law == "paper" else law
-        return self._init(Mode(train=True, batch_statistics=True, key=key, law=chosen, norm=self.norm))[:2]
+        if law == "paper":
+            if self.built is None:
+                raise ValueError(f"{self.name!r} has a layer of its own and no paper: law is a function or None")
+            law = find(self.name).paper_law
+        if law is not None and not callable(law):
+            raise ValueError(f"law is 'paper', a function law(path, shape) or None, found {law!r}")
+        return self._init(Mode(train=True, batch_statistics=True, key=key, law=law, norm=self.norm))[:2]
 
     def spec(self) -> tuple[Tree, Tree]:
         """Parameters and running statistics as meta tensors: names, shapes and types without values.

@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +15,13 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import purecnn
-from converters import checkpoint, files, sources
+from converters import checkpoint, files, sources, states
 from converters import torchvision as tv
 from converters.rules import ConversionError
 from purecnn import random, tree
 from purecnn.data import Preprocessing
+from purecnn.optimizers import sgd
+from purecnn.training import Position, TrainState
 
 
 def same(first: tree.Tree, second: tree.Tree) -> bool:
@@ -150,6 +154,72 @@ def test_rights_are_those_of_the_umask(tmp_path: Path, suffix: str, monkeypatch:
             os.umask(before)
     assert (tmp_path / f"x{suffix}").stat().st_mode & 0o777 == 0o640
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def write_checkpoint(path: Path, number: int) -> None:
+    model = purecnn.create("lenet5", num_classes=number)
+    checkpoint.save(path, model, *model.init(random.key(0)), classes=[str(i) for i in range(number)])
+
+
+def read_checkpoint(path: Path) -> tuple[int, int]:
+    model, params, _ = checkpoint.load(path)
+    return model.num_classes, len(params["head"]["linear"]["bias"])
+
+
+def read_source(path: Path) -> tuple[int, int]:
+    source = sources.load(path)
+    return len(source.classes or ()), len(source.params["head"]["linear"]["bias"])
+
+
+def write_state(path: Path, number: int) -> None:
+    begin = TrainState.start(*purecnn.create("lenet5").init(random.key(0)), sgd(0.1))
+    position = Position.start(begin._replace(step=begin.step + number))._replace(epoch=number)
+    states.save(path.parent, 1, states.Standing(0, position, ()), keep=1)
+
+
+def read_state(path: Path) -> tuple[int, int]:
+    standing = states.load(path.parent)
+    assert standing is not None
+    return standing.position.epoch, int(standing.position.train_state.step)
+
+
+@pytest.mark.parametrize("when", ["after it was opened", "between its description and its numbers"])
+@pytest.mark.parametrize(
+    ("write", "read"),
+    [(write_checkpoint, read_checkpoint), (write_checkpoint, read_source), (write_state, read_state)],
+    ids=["checkpoint", "source", "state"],
+)
+def test_of_a_file_that_is_replaced_one_is_read(
+    write: Callable[[Path, int], None],
+    read: Callable[[Path], tuple[int, int]],
+    when: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = tmp_path / "00000001.safetensors"
+    others = [tmp_path / "second", tmp_path / "third"]
+    for number, other in enumerate(others, start=2):
+        write(path, number)
+        path.rename(other)
+    write(path, 1)
+
+    def replaces(function: Callable[..., Any], first: bool) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            result = None if first else function(*args, **kwargs)
+            if others:
+                others.pop(0).replace(path)
+            return function(*args, **kwargs) if first else result
+
+        return run
+
+    if when == "after it was opened":
+        monkeypatch.setattr(files, "safe_open", replaces(files.safe_open, first=False))
+    else:  # safetensors has torch open the file for the second time
+        storage = torch.UntypedStorage
+        monkeypatch.setattr(storage, "from_file", replaces(storage.from_file, first=True))
+    described, held = read(path)
+    assert described == held
+    assert not others
 
 
 def test_trees_of_another_model_are_not_saved(tmp_path: Path) -> None:

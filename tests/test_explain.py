@@ -100,6 +100,20 @@ def test_the_target(method: Callable[..., Tensor]) -> None:
 
 
 @each_method
+@pytest.mark.parametrize("target", [None, 1, torch.tensor([], dtype=torch.int64)], ids=["none", "one", "each"])
+def test_no_images_have_no_explanations(method: Callable[..., Tensor], target: Tensor | int | None) -> None:
+    inputs = network(POOLED)
+    expected = method(*inputs, images(), 1)[:0]
+    found = method(*inputs, images()[:0], target)
+    assert found.shape == expected.shape
+    assert found.dtype == expected.dtype
+
+
+def test_no_images_have_no_gap() -> None:
+    assert integrated_gradients(*network(POOLED), images()[:0]).gap.shape == (0,)
+
+
+@each_method
 def test_pure(method: Callable[..., Tensor]) -> None:
     model, params, state = network(POOLED)
     x = images()

@@ -2,6 +2,8 @@
 
 import functools
 import json
+import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -260,6 +262,39 @@ def test_exported_file_knows_its_classes(checkpointed: Path) -> None:
     found = onnxruntime.InferenceSession("x.onnx").get_modelmeta().custom_metadata_map
     assert json.loads(found["classes"])[3] == "digit 3"
     assert json.loads(found["model"]) == "lenet5"
+
+
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")
+@pytest.mark.parametrize("wrong", [0.1, math.nan])
+@pytest.mark.parametrize("target", ["x.onnx", "x.pt2"])
+def test_a_file_with_other_logits_is_not_left(
+    checkpointed: Path,
+    target: str,
+    wrong: float,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = export.program
+
+    def program(model: purecnn.Model, params: Any, state: Any, **settings: Any) -> Any:
+        linear = params["head"]["linear"]
+        head = {**params["head"], "linear": {**linear, "bias": linear["bias"] + wrong}}
+        return real(model, {**params, "head": head}, state, **settings)
+
+    monkeypatch.setattr(export, "program", program)
+    code, error = fails(capsys, monkeypatch, "export", "lenet.safetensors", target)
+    assert code == 1
+    found = "nan" if math.isnan(wrong) else r"\d\.\de[+-]0\d"
+    assert re.search(rf"{re.escape(target)} is not written: .* by {found} of the largest, and at most 1e-03", error)
+    assert [path.name for path in checkpointed.iterdir()] == ["lenet.safetensors"]
+
+
+def test_logits_that_are_all_zero_are_compared(checkpointed: Path) -> None:
+    params, state = LENET.init(KEY, law=lambda path, shape: 0.0)
+    checkpoint.save("lenet.safetensors", LENET, params, state)
+    result = call("export", "lenet.safetensors", "x.onnx", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["difference"] == 0
 
 
 def test_export_refuses(

@@ -1,5 +1,8 @@
 """``init`` draws from the distributions that torchvision's builders draw from, parameter by parameter."""
 
+import dataclasses
+from typing import Any
+
 import pytest
 import torch
 from scipy.stats import ks_2samp
@@ -8,7 +11,8 @@ from torchvision import models
 
 import purecnn
 from converters import torchvision as tv
-from purecnn import random, tree
+from purecnn import random, serial, tree
+from purecnn.layers import global_avg_pool, linear
 from tests.table import PEERS, TABLE, family
 
 # In the default run one of each family, the smallest, and both versions of those that have two.
@@ -62,6 +66,28 @@ def test_the_papers_law_on_request(name: str, path: str, std: float) -> None:
     drawn, default = (tree.flatten(model.init(random.key(0), law=law)[0]) for law in ("paper", None))
     assert float(drawn[path].std()) == pytest.approx(std, rel=0.05)
     assert float(default[path].std()) != pytest.approx(std, rel=0.05)
+
+
+@pytest.mark.parametrize("law", ["papr", 0.5])
+def test_what_is_no_law_is_refused(law: Any) -> None:
+    with pytest.raises(ValueError, match=rf"law is 'paper', a function law\(path, shape\) or None, found {law!r}"):
+        purecnn.create("lenet5").init(random.key(0), law=law)
+
+
+@pytest.mark.parametrize("name", ["mine", "vgg11"])
+def test_a_layer_of_ones_own_has_no_paper(name: str) -> None:
+    """Nor that of a network which happens to have its name."""
+    layer = serial(global_avg_pool, linear=linear(5))
+    model = purecnn.Model.of(layer, num_classes=5, image_size=8, name=name)
+    with pytest.raises(ValueError, match=f"'{name}' has a layer of its own and no paper: law is a function or None"):
+        model.init(random.key(0), law="paper")
+
+
+def test_a_wrapped_network_keeps_its_paper() -> None:
+    plain = purecnn.create("lenet5")
+    wrapped = dataclasses.replace(plain, layer=serial(plain.layer))
+    drawn, expected = (tree.flatten(model.init(random.key(0), law="paper")[0]) for model in (wrapped, plain))
+    assert all(torch.equal(drawn[path], leaf) for path, leaf in expected.items())
 
 
 def test_alexnets_biases_of_the_paper() -> None:

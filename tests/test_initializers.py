@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from purecnn import initializers, random
@@ -136,6 +138,26 @@ def test_a_small_deviation_is_never_cut_to_the_bound() -> None:
     lowest = torch.tensor(-random._below_one(torch.float32)).erfinv() * math.sqrt(2) * 0.01
     assert -0.06 < lowest < -0.05
     assert initializers.truncated_normal(0.01)(KEY, (1_000_000,)).abs().max() < 0.06
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(("lower", "upper"), [(-0.3, 0.3), (0.1, 0.3), (-0.3, -0.1), (-math.inf, 1e-7), (-1e6, 0.0)])
+def test_bounds_hold_in_every_type(dtype: torch.dtype, lower: float, upper: float) -> None:
+    """As numbers, not as the type rounds them: 0.3 is 0.30078125 in bfloat16."""
+    x = initializers.truncated_normal(1.0, lower=lower, upper=upper)(KEY, (100_000,), dtype)
+    assert x.dtype == dtype
+    assert x.isfinite().all()
+    assert lower <= float(x.min())
+    assert float(x.max()) <= upper
+
+
+@given(
+    bound=st.floats(-65504, 65503), dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64])
+)
+def test_the_largest_number_below_a_bound(bound: float, dtype: torch.dtype) -> None:
+    below = initializers._below(bound, dtype)
+    number = torch.tensor(below, dtype=dtype)
+    assert float(number) == below <= bound < float(number.nextafter(torch.tensor(math.inf, dtype=dtype)))
 
 
 def test_empty_weights() -> None:

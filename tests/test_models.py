@@ -385,6 +385,7 @@ def test_models_can_be_copied_and_looked_up() -> None:
 def test_a_model_of_ones_own_is_not_in_the_table() -> None:
     layer = serial(stem=layers.conv(4, 3), head=serial(layers.global_avg_pool, linear=layers.linear(5)))
     mine = purecnn.Model.of(layer, num_classes=5, image_size=8)
+    assert mine.settings == {"num_classes": 5}
     assert copy.deepcopy(mine) is mine
     with pytest.raises(TypeError, match="'custom' has a layer of its own"):
         pickle.dumps(mine)

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import purecnn
 from purecnn import augment, random, rule, schedules, tree
+from purecnn.laplace import Posterior
 from purecnn.optimizers import adamw, clipped, from_transformation, lamb, lars, muon, partitioned, rmsprop, sgd
 from purecnn.precision import POLICIES
 from purecnn.step import TrainState, make_step
@@ -56,9 +57,6 @@ STEPS: dict[str, dict[str, Any]] = {
         ),
     },
 }
-
-EXCEPT = {"lenet5_1998"}
-"""Its drawings of the digits are a constant, which only a compiled step keeps on the device."""
 
 
 class Transfers(TorchDispatchMode):
@@ -111,7 +109,14 @@ def test_every_kind_of_step(name: str, update: str, device: str, monkeypatch: py
     check(device, purecnn.create("resnet20_cifar"), 32, **STEPS[name])
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name not in EXCEPT])
+@pytest.mark.parametrize("name", CASES)
 def test_every_architecture(name: str, device: str) -> None:
     case = CASES[name]
     check(device, case.model(), case.image_size, optimizer=sgd(0.1))  # the rate is a number, which lies on the host
+
+
+def test_the_precision_of_a_posterior(device: str) -> None:
+    posterior = Posterior({}, torch.empty(3, 3, device=device), torch.empty((), device=device), 1.0)
+    with Transfers() as transfers:
+        assert posterior.precision_factor.device.type == device
+    assert not transfers.found

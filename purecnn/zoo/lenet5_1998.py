@@ -45,11 +45,12 @@ DIGITS = """
 """
 """A drawing of 7x12 pixels for each class."""
 
-CODES = [
-    [1.0 if pixel == "#" else -1.0 for row in rows for pixel in row]
-    for rows in zip(*(line.split() for line in DIGITS.strip().splitlines()), strict=True)
-]
-"""The drawings as numbers: what the units of F6 are compared with."""
+CODES = ["".join(rows) for rows in zip(*(line.split() for line in DIGITS.strip().splitlines()), strict=True)]
+"""Each drawing row by row: what the units of F6 are compared with, 1 for a ``#`` and -1 elsewhere."""
+
+HALF = len(CODES[0]) // 2
+WORDS = [int(code[i : i + HALF].replace("#", "1").replace(".", "0"), 2) for code in CODES for i in (0, HALF)]
+"""The halves of the drawings as whole numbers, whose digits to base two are pixels; all 84 do not fit into one."""
 
 squash = stateless(lambda x: 1.7159 * torch.tanh(x * (2 / 3)))
 """Appendix A: goes through (1, 1) and (-1, -1), where it bends most."""
@@ -89,11 +90,22 @@ def c3() -> Layer:
     return concat(three=wired(three), four=wired(four), all=convolution(1))
 
 
+def drawings(num_classes: int, like: Tensor) -> Tensor:
+    """The codes as numbers (classes, units), of another tensor's type and device.
+
+    Made where they are needed: a tensor of a list would be brought there from the host at every call.
+    """
+    words = torch.cat([torch.full((1, 1), word, device=like.device) for word in WORDS[: 2 * num_classes]])
+    places = 2 ** torch.arange(HALF - 1, -1, -1, device=like.device)
+    pixels = (words // places % 2).reshape(num_classes, -1).to(like.dtype)
+    return 2 * pixels - 1
+
+
 def radial_basis(num_classes: int) -> Layer:
     """Section II-B: minus the squared distance from the drawing of each class."""
 
     def distances(x: Tensor) -> Tensor:
-        codes = torch.tensor(CODES[:num_classes], dtype=x.dtype, device=x.device)
+        codes = drawings(num_classes, x)
         return -reduce((x[:, None] - codes).square(), "b classes units -> b classes", "sum")
 
     return stateless(distances)
