@@ -70,7 +70,7 @@ class Model:
             loss: of outputs and labels; by default cross-entropy.
 
         Raises:
-            ValueError: if it gives another number of logits.
+            ValueError: if it gives something else, or another number of logits.
 
         >>> import purecnn
         >>> from purecnn.layers import conv, global_avg_pool, linear, relu
@@ -80,9 +80,10 @@ class Model:
         paper = Paper(name, "", 0, "")
         settings = MappingProxyType({"num_classes": num_classes})
         model = cls(name, layer, settings, paper, in_channels, image_size, norm, loss)
-        found = logits_of(model._init(Mode(train=True, batch_statistics=True, norm=norm))[2]).shape[1]
-        if found != num_classes:
-            raise ValueError(f"the layer gives {found} logits, but num_classes is {num_classes}")
+        shape = logits_of(model._init(Mode(train=True, batch_statistics=True, norm=norm))[2]).shape
+        if len(shape) != 2 or shape[1] != num_classes:
+            sizes = ", ".join(map(str, shape[1:]))
+            raise ValueError(f"the layer should give logits (batch, {num_classes}), found (batch, {sizes})")
         return model
 
     def __copy__(self) -> "Model":
@@ -189,6 +190,7 @@ class Model:
         """That trees have the names and shapes of this model's.
 
         Raises:
+            TypeError: if they are no trees.
             ValueError: that names what differs.
 
         >>> import purecnn
@@ -198,8 +200,12 @@ class Model:
         ValueError: the parameters are not those of resnet18: ...
         """
         for what, meta, given in zip(("parameters", "statistics"), self.spec(), (params, state), strict=True):
+            if not isinstance(given, Mapping):
+                raise TypeError(f"the {what} are nested dictionaries, found {type(given).__name__}")
             if different := tree.differences(meta, given):
                 raise ValueError(f"the {what} are not those of {self.name}: {tree.some(different)}")
+            if given.keys() != meta.keys():
+                raise ValueError(f"the {what} are flat: purecnn.tree.unflatten makes nested dictionaries of them")
 
     def apply(
         self,
@@ -237,6 +243,8 @@ class Model:
         Raises:
             ValueError: if ``x`` is not a batch of images with the model's channels, or settings do not go together.
             RuntimeError: if the images are too small; says what is needed, and in a note in which layer it failed.
+
+        Whatever fails because the trees are not the model's, or of another type than the images, says so in a note.
         """
         if x.ndim != 4 or x.shape[1] != self.in_channels:
             raise ValueError(
@@ -251,8 +259,9 @@ class Model:
         mode = Mode(train, batch_statistics, key, tap, None, self.norm, synchronized, around, remat)
         try:
             return self.layer.apply(params, state, x, mode)
-        except RuntimeError as error:
-            if min(x.shape[2:]) < self.image_size:
+        except Exception as error:
+            self._note(error, params, state, x)
+            if isinstance(error, RuntimeError) and min(x.shape[2:]) < self.image_size:
                 key = None if key is None else key.to("meta")
                 shapes = mode._replace(key=key, tap=None, around=None, synchronized=False, remat=False)
                 trees = self.spec()
@@ -263,6 +272,18 @@ class Model:
                     (self.image_size,),
                 )
             raise
+
+    def _note(self, error: Exception, params: Tree, state: Tree, x: Tensor) -> None:
+        """Note on an error that what went in does not fit, if so."""
+        if self.layer is not self.built:
+            return
+        try:
+            self.check(params, state)
+            types = {leaf.dtype for leaf in tree.flatten(params).values()}
+            if types != {x.dtype}:
+                error.add_note(f"images are {x.dtype}, parameters {', '.join(sorted(map(str, types)))}")
+        except (ValueError, TypeError) as other:
+            error.add_note(str(other))
 
     def features(self, params: Tree, state: Tree, x: Tensor) -> dict[str, Tensor]:
         """The outputs of stem, stages and head in evaluation mode, by name.
@@ -357,7 +378,7 @@ def create(
     Raises:
         UnknownModelError: if there is no such model.
         TypeError: if the family has no such setting.
-        ValueError: if ``norm`` is neither.
+        ValueError: if ``norm`` is neither, or a number of classes, channels or pixels is no positive whole number.
     """
     variant = find(name)
     if norm not in ("batch", "group"):
@@ -370,8 +391,13 @@ def create(
     bound.apply_defaults()
     in_channels = variant.in_channels if in_channels is None else in_channels
     image_size = variant.image_size if image_size is None else image_size
-    chosen = {**bound.arguments, "in_channels": in_channels, "image_size": image_size, "norm": norm}
-    layer = variant.build(**bound.arguments)
+    # As tuples, also what comes out of a file.
+    own = {setting: _fixed(value) for setting, value in bound.arguments.items()}
+    chosen = {**own, "in_channels": in_channels, "image_size": image_size, "norm": norm}
+    for setting in ("num_classes", "in_channels", "image_size"):
+        if not isinstance(count := chosen[setting], int) or count < 1:
+            raise ValueError(f"{setting} of {name} is a whole number of at least 1, found {count!r}")
+    layer = variant.build(**own)
     return Model(
         name,
         layer,
@@ -384,6 +410,10 @@ def create(
         variant.pixels,
         layer,
     )
+
+
+def _fixed(value: Any) -> Any:
+    return tuple(map(_fixed, value)) if isinstance(value, (list, tuple)) else value
 
 
 def find(name: str) -> Variant:

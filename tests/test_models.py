@@ -3,13 +3,15 @@
 import copy
 import json
 import pickle
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import purecnn
 from purecnn import UnknownModelError, layers, model, random, serial, tree
@@ -322,7 +324,7 @@ def test_missing_parameters_name_the_layer() -> None:
     del params["stage1"]["0"]["conv2"]
     with pytest.raises(KeyError) as caught:
         net.apply(params, state, CASES["resnet"].images())
-    assert caught.value.__notes__ == ["in layer 'stage1.0.conv2', input (2, 16, 9, 9)"]
+    assert caught.value.__notes__[0] == "in layer 'stage1.0.conv2', input (2, 16, 9, 9)"
 
 
 def test_wrong_choice_of_statistics() -> None:
@@ -392,7 +394,7 @@ def test_a_model_of_ones_own_is_not_in_the_table() -> None:
     params, state = mine.init(random.key(0))
     with pytest.raises(ValueError, match="'custom' has a layer of its own: build it anew for 3 classes"):
         model.replace_head(mine, params, state, 3, random.key(1))
-    with pytest.raises(ValueError, match="gives 5 logits, but num_classes is 7"):
+    with pytest.raises(ValueError, match=r"should give logits \(batch, 7\), found \(batch, 5\)"):
         purecnn.Model.of(layer, num_classes=7, image_size=8)
     grouped = purecnn.Model.of(serial(layers.batch_norm(), head=layer), num_classes=5, image_size=8, norm="group")
     assert grouped.spec()[1] == {}
@@ -427,3 +429,52 @@ def test_the_compiler_is_not_imported() -> None:
     """That takes seconds, and most users of a function never compile it."""
     code = "import sys, purecnn; sys.exit('torch._dynamo' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# What does not fit together ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "note"),
+    [
+        (lambda params, state, x: (params, {}, x), "the statistics are not those of resnet18: .* found nothing"),
+        (lambda params, state, x: (state, params, x), "the parameters are not those of resnet18: head.linear.bias"),
+        (lambda params, state, x: (tree.flatten(params), state, x), "the parameters are flat: purecnn.tree.unflatten"),
+        (lambda params, state, x: (nn.ReLU(), state, x), "the parameters are nested dictionaries, found ReLU"),
+        (lambda params, state, x: (params, state, x.double()), "images are torch.float64, parameters torch.float32"),
+    ],
+    ids=["no statistics", "swapped", "flat", "a module", "type"],
+)
+def test_a_note_says_what_does_not_fit(change: Callable[..., Any], note: str) -> None:
+    model = purecnn.create("resnet18", num_classes=2)
+    params, state = model.init(random.key(0))
+    with pytest.raises((KeyError, AttributeError, RuntimeError)) as caught:
+        model.apply(*change(params, state, torch.zeros(1, 3, 64, 64)))
+    assert re.search(note, caught.value.__notes__[-1])
+
+
+def test_a_tap_that_fails_is_no_matter_of_the_trees() -> None:
+    model = purecnn.create("lenet5")
+
+    def tap(path: str, x: Any, y: Any) -> Any:
+        raise KeyError(path)
+
+    with pytest.raises(KeyError) as caught:
+        model.apply(*model.init(random.key(0)), torch.zeros(1, 1, 32, 32), tap=tap)
+    assert [note.startswith("in layer") for note in caught.value.__notes__] == [True]
+
+
+@pytest.mark.parametrize("settings", [{"num_classes": 0}, {"num_classes": 2.0}, {"in_channels": 0}])
+def test_counts_are_positive_whole_numbers(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="of resnet18 is a whole number of at least 1"):
+        purecnn.create("resnet18", **settings)
+
+
+def test_logits_are_what_a_model_gives() -> None:
+    with pytest.raises(ValueError, match=r"logits \(batch, 4\), found \(batch, 4, 8, 8\)"):
+        purecnn.Model.of(layers.conv(4, 3), num_classes=4, image_size=8)
+
+
+def test_settings_are_the_same_from_a_file() -> None:
+    listed = purecnn.create("resnet18", depths=[1, 1, 1, 1])
+    assert listed.settings == purecnn.create("resnet18", depths=(1, 1, 1, 1)).settings
