@@ -185,9 +185,19 @@ def test_dropout_keeps_the_type() -> None:
 )
 def test_max_pool_is_torchs(kernel: int, stride: int, padding: int, ceil_mode: bool, size: int) -> None:
     padding = min(padding, kernel // 2)
+    layer, module = (pool(kernel, stride, padding, ceil_mode=ceil_mode) for pool in (max_pool, nn.MaxPool2d))
     x = images(2, 3, size, size)
-    y, _, _ = run(max_pool(kernel, stride, padding, ceil_mode=ceil_mode), x)
-    assert torch.equal(y, nn.MaxPool2d(kernel, stride, padding, ceil_mode=ceil_mode)(x))
+    y, _, _ = run(layer, x)
+    assert torch.equal(y, module(x))
+    for dtype in (torch.float32, torch.float64):
+        # Rounded, so that windows have several largest values; negative ones, so that padding would show.
+        x = (images(2, 3, size, size, seed=1).to(dtype) * 2).round() - 5
+        weight = images(*y.shape, seed=2).to(dtype)
+        expected = grad(lambda x: (module(x) * weight).sum())(x)  # noqa: B023
+        torch.testing.assert_close(grad(lambda x: (run(layer, x)[0] * weight).sum())(x), expected)  # noqa: B023
+        leaf = x.clone().requires_grad_()
+        (run(layer, leaf)[0] * weight).sum().backward()
+        torch.testing.assert_close(leaf.grad, expected)
 
 
 @pytest.mark.parametrize(

@@ -241,6 +241,31 @@ def test_list_models_by_pattern() -> None:
     assert purecnn.list_models("nothing*") == []
 
 
+def test_a_global_drop_path_takes_one_column_in_the_whole_network() -> None:
+    """Which columns an image went through is where the derivatives of its logits are not zero."""
+    fractal = CASES["fractalnet"].model(dropout=0.0, local_drop=0.0, global_drop=0.5)
+    params, state = fractal.init(random.key(0))
+    count = 24
+    images = CASES["fractalnet"].images(count)
+
+    def logits(params: tree.Tree, i: int) -> Tensor:
+        return fractal.apply(params, state, images, train=True, key=random.key(1), statistics="running")[0][i].sum()
+
+    taken = []
+    for i in range(count):
+        slopes = torch.func.grad(logits)(params, i)
+        columns = [
+            frozenset(name[: len("column1")] for name, unit in block.items() if unit["conv"]["weight"].any())
+            for part, block in slopes.items()
+            if part != "head"
+        ]
+        assert len(columns) == 3
+        assert len(set(columns)) == 1, columns
+        taken.append(columns[0])
+    assert {len(columns) for columns in taken} == {1, 3}
+    assert len({columns for columns in taken if len(columns) == 1}) == 3
+
+
 # Bad input ---------------------------------------------------------------------------------------------------
 
 

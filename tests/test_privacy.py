@@ -16,9 +16,10 @@ from torch.func import vmap
 from typer.testing import CliRunner
 
 import purecnn
-from purecnn import random, tree
+from purecnn import Mode, random, serial, tree
+from purecnn.layers import conv, dropout, global_avg_pool, linear
 from purecnn.optimizers import Optimizer, adamw, sgd
-from purecnn.per_sample import per_sample_norms
+from purecnn.per_sample import clipped_gradient_sum, per_sample_norms
 from purecnn.privacy import epsilon, make_private_step, noise_for, poisson_sample
 from purecnn.training import Batch, TrainState, make_step
 from purecnn.tree import Tree
@@ -103,6 +104,30 @@ def test_noise_is_of_the_key_and_the_step() -> None:
     later = step(before, batch(), random.key(1))[0]
     assert table.differences(later.params, before.params) == []
     assert len(table.differences(first, loud(later, batch(), random.key(1))[0].params)) == len(tree.flatten(first))
+
+
+def test_step_is_what_one_writes_by_hand() -> None:
+    """Each part of the batch has its masks, and the noise has a key of its own."""
+    drawing = purecnn.Model.of(
+        serial(stem=conv(4, 3), drop=dropout(0.5), head=serial(global_avg_pool, linear=linear(3))),
+        num_classes=3, in_channels=1, image_size=8,
+    )  # fmt: skip
+    clip, noise, expected = 0.5, 2.0, 4.0
+    step = make_private_step(drawing, sgd(1.0), clip=clip, noise=noise, expected_batch=expected, microbatch=2)
+    before = start(sgd(1.0), drawing)
+    images, labels = batch(side=8)
+    draw_key, noise_key = random.split(random.fold_in(random.key(1), 0))
+    total = {
+        path: clip * noise * random.normal(Mode(key=noise_key, path=path).draw_key(), leaf.shape)
+        for path, leaf in tree.flatten(before.params).items()
+    }
+    for i in range(3):
+        part = images[2 * i : 2 * i + 2], labels[2 * i : 2 * i + 2]
+        key = random.fold_in(draw_key, i)
+        found = clipped_gradient_sum(drawing, *before[:2], part, clip=clip, train=True, key=key)
+        total = {path: total[path] + leaf for path, leaf in tree.flatten(found.gradient).items()}
+    by_hand = tree.unflatten({path: leaf / expected for path, leaf in total.items()})
+    table.assert_close(moved(before, step(before, (images, labels), random.key(1))[0]), by_hand)
 
 
 def test_an_empty_batch_is_noise_alone() -> None:

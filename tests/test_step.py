@@ -189,9 +189,17 @@ def test_accumulated_parts_draw_differently_and_move_the_statistics_each() -> No
     optimizer = sgd(0.0)
     images, labels = batch(0)
     twice = torch.cat([images, images]), torch.cat([labels, labels])
-    after, _ = make_step(TINY, optimizer, accumulate=2)(start(TINY, optimizer), twice, random.key(1))
+    before = start(TINY, optimizer)
+    after, metrics = make_step(TINY, optimizer, accumulate=2)(before, twice, random.key(1))
     assert after.state["stem"]["norm"]["count"] == 2
     assert after.step == 1
+    key = random.fold_in(random.key(1), 0)
+    logits = [
+        TINY.apply(before.params, before.state, images, train=True, key=random.fold_in(key, i))[0] for i in range(2)
+    ]
+    losses = [F.cross_entropy(each, labels) for each in logits]
+    assert losses[0] != losses[1]
+    torch.testing.assert_close(metrics.loss, sum(losses) / 2)
 
 
 # Averages ----------------------------------------------------------------------------------------------------
@@ -267,6 +275,17 @@ def test_augmentation_is_part_of_the_step() -> None:
         step(start(TINY, optimizer), (images, labels))
 
 
+def test_each_step_of_a_chain_has_a_key_of_its_own() -> None:
+    seen: list[Tensor] = []
+
+    def look(images: Tensor, key: Tensor) -> Tensor:
+        seen.append(key)
+        return images + 1
+
+    assert augment.chain(look, look, look)(torch.zeros(1), random.key(3)) == 3
+    assert torch.equal(torch.stack(seen), torch.stack([random.fold_in(random.key(3), i) for i in range(3)]))
+
+
 def test_crops_are_windows_of_the_padded_image() -> None:
     images = torch.arange(1, 1 + 5 * 36).reshape(5, 1, 6, 6)
     for mode in ("constant", "reflect"):
@@ -286,6 +305,10 @@ def test_cutout_hides_one_square() -> None:
     hidden = (cut == 0).all(1).flatten(1).sum(1)
     assert ((hidden >= 4) & (hidden <= 9)).all()
     assert torch.equal(cut[:, 0], cut[:, 1])
+    _, _, rows, columns = (augment.cutout(1)(torch.ones(50, 1, 8, 8), random.key(0)) == 0).nonzero().T
+    assert len(rows) == 50
+    assert len(rows.unique()) == len(columns.unique()) == 8
+    assert (rows == columns).sum() < 25  # the one says nothing of the other
     compiled = torch.compile(augment.cutout(3), fullgraph=True, backend="aot_eager")
     torch.compiler.reset()
     assert torch.equal(compiled(torch.ones(50, 2, 8, 8), random.key(0)), cut)

@@ -356,6 +356,19 @@ def test_fit_learns_and_tells() -> None:
     assert (found.loss, found.accuracy) == (rows[best].test_loss, rows[best].test_accuracy)
 
 
+def test_the_best_epoch_need_not_be_the_last() -> None:
+    """From the third epoch on the steps lead upwards."""
+    states: list[TrainState] = []
+    fitted = run(
+        optimizer=sgd(lambda step: torch.where(step < 6, 0.1, -1.0)),
+        on_epoch=lambda row, train_state: states.append(train_state),
+    )
+    assert fitted.best_epoch == fitted.history[1]
+    assert fitted.best is not None
+    assert equal(fitted.best, states[1])
+    assert not equal(fitted.best, fitted.train_state)
+
+
 def test_fit_is_the_steps_one_after_the_other() -> None:
     optimizer = sgd(0.1, momentum=0.9)
     fitted = run(epochs=2, optimizer=optimizer)
