@@ -39,7 +39,7 @@ def input_gradient(model: Model, params: Tree, state: Tree, x: Tensor, target: T
         As ``x``.
 
     Raises:
-        ValueError: if there are not as many targets as images.
+        ValueError: if there are not as many targets as images, or no such class.
 
     >>> import purecnn
     >>> model = purecnn.create("lenet5")
@@ -80,7 +80,8 @@ def smooth_gradient(
         As ``x``.
 
     Raises:
-        ValueError: if ``noise`` is negative, ``samples`` is less than 1, or there are not as many targets as images.
+        ValueError: if ``noise`` is negative, ``samples`` is less than 1, there are not as many targets as images, or no
+            such class.
     """
     if noise < 0:
         raise ValueError(f"noise is at least 0, found {noise}")
@@ -131,7 +132,7 @@ def integrated_gradients(
         chunk: so many images at once; what is at once in memory, and nothing else, depends on it.
 
     Raises:
-        ValueError: if ``steps`` is less than 1, or there are not as many targets as images.
+        ValueError: if ``steps`` is less than 1, or there are not as many targets as images, or no such class.
 
     >>> import purecnn
     >>> model = purecnn.create("lenet5")
@@ -220,6 +221,8 @@ def _classes(model: Model, params: Tree, state: Tree, x: Tensor, target: Target)
     if target is None:
         return model.apply(params, state, x)[0].argmax(1)
     if isinstance(target, int):
+        if not 0 <= target < model.num_classes:
+            raise ValueError(f"target is a class from 0 to {model.num_classes - 1}, found {target}")
         return torch.full((len(x),), target, device=x.device)
     if target.shape != x.shape[:1]:
         raise ValueError(f"targets are one for each of {len(x)} images, found shape {tuple(target.shape)}")

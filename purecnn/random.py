@@ -226,7 +226,7 @@ def truncated_normal(
     By inversion: ``sqrt(2) * erfinv(u)`` with ``u`` uniform between ``erf(lower / sqrt(2))`` and
     ``erf(upper / sqrt(2))``, clipped to the open interval. Bounds may be infinite. float32 resolves the tails up
     to about 5 standard deviations. Where the bounds lie beyond, no number does (in JAX one of eight million is a
-    bound itself).
+    bound itself). A 16-bit draw is rounded, which can take it to the number next to a bound, on either side.
 
     Args:
         key: a key.

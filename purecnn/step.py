@@ -39,6 +39,7 @@ which costs more than it gives there (``docs/performance.md``)."""
 # By names, because the compiler cannot subscript types in functions inside of functions.
 _Leaves: TypeAlias = dict[str, Tensor]
 _Objective: TypeAlias = tuple[Tensor, tuple[Tree, Tensor, Tensor]]
+_After: TypeAlias = tuple[Any, Tree]
 
 
 class TrainState(NamedTuple):
@@ -204,43 +205,7 @@ def make_step(
     network = model.apply if policy is None else functools.partial(policy.apply, model)
     scaled = policy is not None and policy.scaled
 
-    def gradient(
-        trained: _Leaves,
-        frozen: _Leaves,
-        state: Tree,
-        batch: Batch,
-        key: Tensor | None,
-        counts: tuple[Tensor, ...],
-        scale: Tensor | None,
-    ) -> tuple[_Leaves, Tree, Metrics]:
-        images, labels = batch
-        if key is not None:
-            for count in counts:
-                key = random.fold_in(key, count)
-        if augment is not None:
-            if key is None:
-                raise ValueError("augmentation draws random numbers: pass key=purecnn.random.key(seed)")
-            images = augment(images, random.fold_in(key, 0))
-
-        def objective(trained: _Leaves) -> _Objective:
-            params = tree.unflatten({**frozen, **trained})
-            outputs, after = network(params, state, images, train=True, key=key, statistics=statistics, remat=remat)
-            logits = logits_of(outputs)
-            value = minimised(outputs, labels)
-            truth = labels if labels.ndim == 1 else labels.argmax(1)
-            return value if scale is None else value * scale, (after, (logits.argmax(1) == truth).sum(), value)
-
-        inputs = images, labels, *trained.values(), *frozen.values(), *tree.flatten(state).values()
-        if is_transformed(*inputs) or torch.is_inference_mode_enabled():
-            grads, (_, (after, correct, value)) = torch.func.grad_and_value(objective, has_aux=True)(trained)
-            return grads, after, Metrics(value, correct)
-        # torch.func keeps what a second derivative would need, which takes up to a tenth of a step's time. Where
-        # nobody differentiates or maps the step, torch.autograd does the same without.
-        with torch.enable_grad():
-            leaves = {path: leaf.detach().requires_grad_() for path, leaf in trained.items()}
-            total, (after, correct, value) = objective(leaves)
-            found = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
-        return dict(zip(leaves, found, strict=True)), tree.map(torch.detach, after), Metrics(value.detach(), correct)
+    gradient = _gradient(network, minimised, augment, statistics, remat)
 
     @functools.cache  # at the first use: to import the compiler takes seconds
     def compiled(on_cpu: bool) -> Callable[..., tuple[_Leaves, Tree, Metrics]]:
@@ -297,6 +262,56 @@ def make_step(
         return TrainState(params, after, opt_state, count + 1, extra), metrics
 
     return step
+
+
+def _gradient(
+    network: Callable[..., _After],
+    loss: Loss,
+    augment: Augment | None,
+    statistics: Literal["batch", "running", "global"],
+    remat: bool,
+) -> Callable[..., tuple[_Leaves, Tree, Metrics]]:
+    """The gradient of a batch's loss by what is trained, the statistics after it, and its metrics."""
+
+    def gradient(
+        trained: _Leaves,
+        frozen: _Leaves,
+        state: Tree,
+        batch: Batch,
+        key: Tensor | None,
+        counts: tuple[Tensor, ...],
+        scale: Tensor | None,
+    ) -> tuple[_Leaves, Tree, Metrics]:
+        images, labels = batch
+        if key is not None:
+            for count in counts:
+                key = random.fold_in(key, count)
+        if augment is not None:
+            if key is None:
+                raise ValueError("augmentation draws random numbers: pass key=purecnn.random.key(seed)")
+            images = augment(images, random.fold_in(key, 0))
+
+        def objective(trained: _Leaves) -> _Objective:
+            params = tree.unflatten({**frozen, **trained})
+            outputs, after = network(params, state, images, train=True, key=key, statistics=statistics, remat=remat)
+            logits = logits_of(outputs)
+            value = loss(outputs, labels)
+            truth = labels if labels.ndim == 1 else labels.argmax(1)
+            return value if scale is None else value * scale, (after, (logits.argmax(1) == truth).sum(), value)
+
+        inputs = images, labels, *trained.values(), *frozen.values(), *tree.flatten(state).values()
+        if is_transformed(*inputs) or torch.is_inference_mode_enabled():
+            grads, (_, (after, correct, value)) = torch.func.grad_and_value(objective, has_aux=True)(trained)
+            return grads, after, Metrics(value, correct)
+        # torch.func keeps what a second derivative would need, which takes up to a tenth of a step's time. Where
+        # nobody differentiates or maps the step, torch.autograd does the same without.
+        with torch.enable_grad():
+            leaves = {path: leaf.detach().requires_grad_() for path, leaf in trained.items()}
+            total, (after, correct, value) = objective(leaves)
+            found = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
+        return dict(zip(leaves, found, strict=True)), tree.map(torch.detach, after), Metrics(value.detach(), correct)
+
+    return gradient
 
 
 def _accumulated(

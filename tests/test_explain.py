@@ -315,3 +315,10 @@ def test_picture_of_maps_of_any_size(tmp_path: Path) -> None:
         pictures.explanations([], path)
     with pytest.raises(ValueError, match="two axes"):
         pictures.explanations([(wide, "", {"x": np.zeros(3)})], path)
+
+
+@pytest.mark.parametrize("target", [-1, 10])
+def test_there_is_no_such_class(target: int) -> None:
+    model = purecnn.create("lenet5")
+    with pytest.raises(ValueError, match=f"target is a class from 0 to 9, found {target}"):
+        input_gradient(model, *model.init(random.key(0)), torch.zeros(1, 1, 32, 32), target=target)
