@@ -9,7 +9,7 @@ import typer
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import purecnn
-from converters import sources
+from converters import checkpoint, sources
 from purecnn import data
 from purecnn.data import DataError
 from purecnn.model import UnknownModelError
@@ -97,6 +97,10 @@ def load_source(source: str, name: str | None, *, as_stored: bool = False) -> so
         source = str(existing(Path(source, "checkpoint.safetensors")))
     elif Path(source).suffix:
         existing(Path(source))
+    if name is None and not (Path(source).is_file() and checkpoint.is_checkpoint(source)):
+        raise typer.BadParameter(
+            f"{source} does not say which model its weights are of: name it by --model NAME", param_hint="--model"
+        )
     found = sources.load(source, name)
     return found if as_stored else found.single()
 

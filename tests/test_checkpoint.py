@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from torch import nn
 
 import purecnn
 from converters import checkpoint, files, sources
@@ -211,6 +213,44 @@ def test_what_else_a_file_may_hold_is_named(tmp_path: Path) -> None:
         torch.save(found, tmp_path / "x.pth")
         with pytest.raises(files.FileError, match=rf"x\.pth holds .*{message}"):
             files.read(tmp_path / "x.pth")
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol 4")
+def test_files_of_another_kind_say_what_they_are(tmp_path: Path) -> None:
+    module = nn.Linear(2, 2)
+    torch.save(module, tmp_path / "whole.pth")
+    torch.save(module, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    torch.save(module.state_dict(), tmp_path / "good.pth")
+    files.write(tmp_path / "good.safetensors", module.state_dict())
+    (tmp_path / "other.pth").write_bytes(pickle.dumps({"x": 1}, protocol=4))
+    good = {ending: (tmp_path / f"good{ending}").read_bytes() for ending in (".pth", ".safetensors")}
+    (tmp_path / "renamed.pth").write_bytes(good[".safetensors"])
+    (tmp_path / "renamed.safetensors").write_bytes(good[".pth"])
+    for ending, whole in good.items():
+        (tmp_path / f"cut{ending}").write_bytes(whole[:-20])
+        (tmp_path / f"page{ending}").write_text("<!DOCTYPE html><html></html>")
+        (tmp_path / f"empty{ending}").touch()
+        (tmp_path / f"folder{ending}").mkdir()
+    for name, words in {
+        "whole.pth": r"holds a whole module .*\(torch\.nn\.modules\.linear\.Linear\): save module\.state_dict\(\)",
+        "old.pth": r"holds a whole module .*: save module\.state_dict\(\)",
+        "other.pth": r"holds a pickle of .*save module\.state_dict\(\)",
+        "renamed.pth": r"is a \.safetensors file, and should end so",
+        "renamed.safetensors": r"is a file that torch saved, and should end in \.pth",
+        "cut.pth": "is damaged",
+        "cut.safetensors": "is damaged",
+        **{f"page{ending}": "is damaged, or no file of tensors: it begins with b'<!DOCTYPE" for ending in good},
+        **{f"empty{ending}": "is empty" for ending in good},
+        **{f"folder{ending}": "is a folder" for ending in good},
+    }.items():
+        with pytest.raises(files.FileError, match=rf"{name} {words}") as caught:
+            files.read(tmp_path / name)
+        assert "weights_only" not in str(caught.value)
+        assert "\x1b" not in str(caught.value)
+    with pytest.raises(
+        files.FileError, match=r"good\.pth is a file that torch saved, .*: purecnn convert .* --model NAME"
+    ):
+        checkpoint.load(tmp_path / "good.pth")
 
 
 def test_a_checkpoint_of_an_unknown_model(tmp_path: Path) -> None:
