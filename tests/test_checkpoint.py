@@ -13,13 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
+from torch.func import vmap
 
 import purecnn
 from converters import checkpoint, files, sources
 from converters import torchvision as tv
 from converters.rules import ConversionError
-from purecnn import random, tree
+from purecnn import ensembles, random, tree
 from purecnn.data import Preprocessing
+from purecnn.fold import fold
 
 
 def same(first: tree.Tree, second: tree.Tree) -> bool:
@@ -158,6 +160,25 @@ def test_trees_of_another_model_are_not_saved(tmp_path: Path) -> None:
     params, state = purecnn.create("lenet5", num_classes=3).init(random.key(0))
     with pytest.raises(ConversionError, match=r"head\.linear\.weight .*expected \(10, 84\), found \(3, 84\)"):
         checkpoint.save(tmp_path / "x.safetensors", purecnn.create("lenet5"), params, state)
+    assert not any(tmp_path.iterdir())
+
+
+def test_members_are_saved_one_by_one(tmp_path: Path) -> None:
+    model = purecnn.create("resnet18", num_classes=2)
+    stacked = vmap(model.init)(random.split(random.key(0), 3))
+    with pytest.raises(ConversionError, match=r"first axis of 3 members, .*unstack\(\(params, state\)\)"):
+        checkpoint.save(tmp_path / "x.safetensors", model, *stacked)
+    for params, state in ensembles.unstack(stacked)[2:]:
+        checkpoint.save(tmp_path / "x.safetensors", model, params, state)
+        _, params_again, state_again = checkpoint.load(tmp_path / "x.safetensors")
+        assert same(params, params_again)
+        assert same(state, state_again)
+
+
+def test_folded_networks_are_not_saved(tmp_path: Path) -> None:
+    model = purecnn.create("resnet18", num_classes=2)
+    with pytest.raises(ConversionError, match="save the network before it is folded"):
+        checkpoint.save(tmp_path / "x.safetensors", *fold(model, *model.init(random.key(0))))
     assert not any(tmp_path.iterdir())
 
 
