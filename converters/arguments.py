@@ -97,7 +97,10 @@ def load_source(source: str, name: str | None, *, as_stored: bool = False) -> so
         source = str(existing(Path(source, "checkpoint.safetensors")))
     elif Path(source).suffix:
         existing(Path(source))
-    found = sources.load(source, name)
+    try:
+        found = sources.load(source, name)
+    except sources.NamelessError as error:
+        raise typer.BadParameter(f"{error} by --model NAME", param_hint="--model") from None
     return found if as_stored else found.single()
 
 

@@ -61,7 +61,7 @@ def save(
     """
     if model.name not in purecnn.list_models():
         raise ConversionError(f"a checkpoint names the model that it rebuilds, and there is none called {model.name!r}")
-    check(purecnn.create(model.name, **model.settings), params, state)  # what a reader will build from the file
+    _check_as_created(model, params, state)
     if classes is not None and len(classes) != model.num_classes:
         raise ConversionError(f"{model.name} has {model.num_classes} classes, and there are {len(classes)} names")
     metadata = {
@@ -73,6 +73,37 @@ def save(
         "origin": json.dumps(dict(origin) if origin is not None else None),
     }
     write(path, tree.flatten({"params": params, "state": state}), metadata)
+
+
+def _check_as_created(model: Model, params: Tree, state: Tree) -> None:
+    """That the trees are those of what a reader will build from the file."""
+    built = purecnn.create(model.name, **model.settings)
+    try:
+        check(built, params, state)
+    except ConversionError:
+        if model.layer is not model.built:
+            raise ConversionError(
+                f"a checkpoint holds {model.name} as purecnn.create builds it, not folded or otherwise changed: "
+                "save the network before it is folded"
+            ) from None
+        if count := _members((params, state), built.spec()):
+            raise ConversionError(
+                f"the trees have a first axis of {count} members, and a checkpoint holds one network: "
+                "save each of purecnn.ensembles.unstack((params, state))"
+            ) from None
+        raise
+
+
+def _members(trees: tuple[Tree, Tree], spec: tuple[Tree, Tree]) -> int | None:
+    """How many networks are stacked in the trees; None if they are not."""
+    given, expected = (
+        {path: tuple(leaf.shape) for part in pair for path, leaf in tree.flatten(part).items()}
+        for pair in (trees, spec)
+    )
+    counts = {shape[:1] for shape in given.values()}
+    count = counts.pop() if len(counts) == 1 else ()
+    stacked = {path: (*count, *shape) for path, shape in expected.items()}
+    return count[0] if count and stacked == given else None
 
 
 def load(path: str | os.PathLike[str]) -> tuple[Model, Tree, Tree]:
@@ -123,7 +154,10 @@ def about(path: str | os.PathLike[str]) -> About:
 
 def _about(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> About:
     if metadata.get("format") != FORMAT:
-        raise FileError(f"{path} is a safetensors file but not a checkpoint of purecnn; convert it first")
+        raise FileError(
+            f"{path} is not a checkpoint of purecnn; if it holds a state_dict, convert it first: "
+            f"purecnn convert {path} NEW.safetensors --model NAME"
+        )
     try:
         model = purecnn.create(metadata["model"], **json.loads(metadata["settings"]))
         preprocessing = json.loads(metadata["preprocessing"])

@@ -318,6 +318,11 @@ def convert(
     """Convert torchvision's weights to a checkpoint, or a checkpoint to torchvision's state_dict."""
     if target.exists():
         raise typer.BadParameter(f"{target} exists: nothing is overwritten", param_hint="TARGET")
+    if to is run.FormatName.purecnn and target.suffix != ".safetensors":
+        raise typer.BadParameter(
+            f"a checkpoint ends in .safetensors; if {target} is to be a state_dict, say --to torchvision",
+            param_hint="TARGET",
+        )
     writable(target.parent)
     found = load_source(source, model, as_stored=True)
     if to is run.FormatName.purecnn:

@@ -127,6 +127,8 @@ def save_program(path: str | os.PathLike[str], program: ExportedProgram, notes: 
 def save_onnx(path: str | os.PathLike[str], program: ExportedProgram, notes: Notes | None = None) -> None:
     """Write a network for ONNX Runtime and others, wholly or not at all: ``images`` to ``logits``.
 
+    The first axis of both is called ``batch``.
+
     Args:
         path: the file, ``.onnx``; what is there is replaced.
         program: of `program`.
@@ -139,7 +141,13 @@ def save_onnx(path: str | os.PathLike[str], program: ExportedProgram, notes: Not
     _check_ending(path, ".onnx")
     try:
         converted = torch.onnx.export(
-            program, (), input_names=["images"], output_names=["logits"], dynamo=True, verbose=False
+            program,
+            (),
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: "batch"},),  # the axis's name, which a program does not keep
+            dynamo=True,
+            verbose=False,
         )
     except ImportError as error:
         raise ModuleNotFoundError("ONNX files need packages: pip install onnx onnxscript") from error

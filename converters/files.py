@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import safetensors
@@ -56,13 +58,11 @@ def contents(path: str | os.PathLike[str]) -> Contents:
             tensors = OrderedDict((key, tensors[key]) for key in order)
             tensors._metadata = OrderedDict(versions)  # type: ignore[attr-defined]
         return Contents(tensors, metadata)
-    if not Path(path).is_file():
-        raise FileError(f"{path} does not exist")
+    _check_there(path)
     try:
         found: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).partition("\n")[0]
-        raise FileError(f"{path} is neither a .safetensors file nor a state_dict saved by torch: {reason}") from error
+        raise FileError(f"{path} {_refusal(path, error)}") from None  # torch advises to trust the file
     if _is_state_dict(found):
         return Contents(found, {})
     entries = found if isinstance(found, dict) else {}
@@ -71,6 +71,45 @@ def contents(path: str | os.PathLike[str]) -> Contents:
         raise FileError(f"{path} holds tensors under {inside}: save such an entry in a file of its own")
     what = f"a dictionary of {', '.join(map(str, entries))}" if entries else f"a {type(found).__name__}"
     raise FileError(f"{path} holds something else than a dictionary of tensors: {what[:200]}")
+
+
+def _check_there(path: str | os.PathLike[str]) -> None:
+    if not Path(path).is_file():
+        raise FileError(f"{path} {'is a folder' if Path(path).is_dir() else 'does not exist'}")
+    if not Path(path).stat().st_size:
+        raise FileError(f"{path} is empty")
+
+
+_SAFETENSORS = "a .safetensors file"
+_TORCHS = "a file that torch saved"
+
+
+def _kind(path: str | os.PathLike[str]) -> str:
+    """What a file is, as far as its beginning tells."""
+    with Path(path).open("rb") as file:
+        beginning = file.read(16)
+    if beginning[8:9] == b"{":  # after the length of the header
+        return _SAFETENSORS
+    if beginning.startswith((b"PK", b"\x80")):  # a zip archive, or as before torch 1.6 a pickle
+        return _TORCHS
+    return f"damaged, or no file of tensors: it begins with {beginning!r}"
+
+
+def _refusal(path: str | os.PathLike[str], error: Exception) -> str:
+    """Why torch did not read a file."""
+    kind, words = _kind(path), str(error)
+    if kind != _TORCHS:
+        return f"is {kind}{', and should end so' if kind == _SAFETENSORS else ''}"
+    if "TorchScript" in words:
+        return "holds a TorchScript program: save its state_dict()"
+    if refused := re.search(r"GLOBAL (\S+) was not", words):
+        return (
+            f"holds a whole module or other objects, which are not unpickled ({refused[1]}): save module.state_dict()"
+        )
+    if isinstance(error, UnpicklingError):
+        return "holds a pickle of something else than tensors: save module.state_dict() with torch.save"
+    sentence = re.split(r"(?<=\w)\. ", words)[0]
+    return f"is damaged, or not a state_dict that torch saved: {sentence}"
 
 
 def _is_state_dict(found: Any) -> bool:
@@ -120,8 +159,7 @@ def opened(path: str | os.PathLike[str]) -> Any:
     Raises:
         FileError: if it is missing, damaged or of another kind.
     """
-    if not Path(path).is_file():
-        raise FileError(f"{path} does not exist")
+    _check_there(path)
     while True:
         with Path(path).open("rb") as held:  # while it is open, no later file can pass for it
             found: Any
@@ -132,6 +170,13 @@ def opened(path: str | os.PathLike[str]) -> Any:
             # safetensors opens a file twice, for the description and for the numbers, so it may have got two.
             if os.path.samestat(os.fstat(held.fileno()), Path(path).stat()):
                 break
-    if isinstance(found, Exception):
-        raise FileError(f"{path} is damaged or not a safetensors file: {found}") from found
-    return found
+    if not isinstance(found, Exception):
+        return found
+    words = f"damaged: {found}" if (kind := _kind(path)) == _SAFETENSORS else kind
+    if kind == _TORCHS:
+        words += (
+            ", and should end in .pth"
+            if Path(path).suffix == ".safetensors"
+            else f", no .safetensors file; convert it first: purecnn convert {path} NEW.safetensors --model NAME"
+        )
+    raise FileError(f"{path} is {words}") from found

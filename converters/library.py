@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torchvision import models
 
 from converters.rules import ConversionError, Rules, leaves, to_tensors, to_trees
 from purecnn import Model, tree
@@ -31,18 +32,34 @@ class Library:
     """None for a model that the library does not have."""
 
     def has(self, model: Model) -> bool:
-        """Whether the library has the model too."""
-        return self.find(model) is not None
+        """Whether the library has the model too.
+
+        Raises:
+            TypeError: if it is no model.
+        """
+        return self._found(model) is not None
+
+    def _found(self, model: Model) -> Family | None:
+        if not isinstance(model, Model):
+            raise TypeError(f"expected a model, as from purecnn.create, found {_named(model)}")
+        return self.find(model)
 
     def family(self, model: Model) -> Family:
         """The library's names and module for a model.
 
         Raises:
             ConversionError: if the library does not have it.
+            TypeError: if it is no model.
         """
-        found = self.find(model)
+        found = self._found(model)
         if found is None:
-            raise ConversionError(f"{self.name} has no counterpart of {model.name}")
+            words = f"{self.name} has no counterpart of {model.name}"
+            if model.name in models.list_models():
+                words += (
+                    ": converters.torchvision has it, and reads any state_dict in the same names, "
+                    "as of timm's ResNets and DenseNets"
+                )
+            raise ConversionError(words)
         return found
 
     def head_key(self, model: Model) -> str:
@@ -61,6 +78,7 @@ class Library:
 
         Raises:
             ConversionError: that names missing, unexpected and mis-shaped keys.
+            TypeError: if the arguments are not a model and a mapping.
         """
         params, state = self.adopt(model, state_dict)
         return tree.map(torch.clone, params), tree.map(torch.clone, state)
@@ -68,6 +86,11 @@ class Library:
     def adopt(self, model: Model, state_dict: Mapping[str, Tensor]) -> tuple[Tree, Tree]:
         """`from_state_dict` without copies, for tensors that nobody else has; raises the same."""
         legacy = self.family(model).legacy
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(
+                f"expected a state_dict, found {_named(state_dict)}: of a module it is module.state_dict(), "
+                "of a file converters.files.read(path)"
+            )
         tensors: dict[str, Tensor] = {}
         for key, tensor in state_dict.items():
             layer, _, leaf = key.rpartition(".")
@@ -87,13 +110,19 @@ class Library:
 
         Raises:
             ConversionError: if the trees are not the model's, or the library does not have it.
+            TypeError: if the arguments are not a model and two trees.
         """
-        tensors = to_tensors(model, self.family(model).rules(model), params, state)
+        rules = self.family(model).rules(model)
+        for part in (params, state):
+            if not isinstance(part, Mapping):
+                raise TypeError(f"expected two trees, parameters and statistics, found {_named(part)}")
+        tensors = to_tensors(model, rules, params, state)
         template = self._meta_module(model).state_dict()
         shapes, expected = ({key: t.shape for key, t in part.items()} for part in (tensors, template))
         if shapes != expected:
             other = sorted(key for key in shapes | expected if shapes.get(key) != expected.get(key))
-            raise ConversionError(f"{self.name}'s {model.name} cannot have these settings: {tree.some(other)} differ")
+            settings = 'norm="group"' if model.norm == "group" else "these settings"
+            raise ConversionError(f"{self.name}'s {model.name} cannot have {settings}: {tree.some(other)} differ")
         result = OrderedDict((key, tensors[key]) for key in template)
         result._metadata = template._metadata  # type: ignore[attr-defined]
         return result
@@ -120,3 +149,8 @@ class Library:
                 stem.in_channels = model.in_channels
                 stem.weight = nn.Parameter(torch.empty(stem.out_channels, model.in_channels, *stem.kernel_size))
         return module
+
+
+def _named(value: object) -> str:
+    """What was given in place of something else: a string as it is, of others the type."""
+    return repr(value) if isinstance(value, str) else f"a {type(value).__name__}"

@@ -162,6 +162,8 @@ def to_trees(model: Model, rules: Rules, tensors: Mapping[str, Tensor]) -> tuple
         for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", other))
         if keys
     ]
+    if model.norm == "group" and any(key.endswith(".running_mean") for key in unexpected):
+        complaints.append('norm="group" has no statistics: read them with norm="batch", and take the parameters alone')
     if complaints:
         raise ConversionError(f"the weights are not those of {model.name}; {'; '.join(complaints)}")
     first, second = (tree.unflatten({leaf.path: tensors[leaf.key] for leaf in part}) for part in (params, state))

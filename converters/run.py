@@ -26,6 +26,7 @@ import torchvision
 
 import purecnn
 from converters import checkpoint, report, states
+from converters.files import FileError
 from converters.options import ELSEWHERE, Options, Phase, mixing, phases
 from converters.rules import ConversionError
 from converters.sources import Source
@@ -237,7 +238,7 @@ class _Run:
         for phase in self.phases:  # what cannot be is to fail before anything is written
             training.make_step(self.model, phase.optimizer, **self._settings(phase))
         self._check_single_pictures()
-        found = distributed.from_first(states.load(folder / "states") if self.writes else None)
+        found = distributed.from_first(_found(folder / "states") if self.writes else None)
         if found:
             check_same_data(dataset, folder)
         self.rows: list[dict[str, Any]] = list(found.rows) if found else []
@@ -388,6 +389,15 @@ class _Run:
         """How it ended."""
         best = report.best_row(self.rows) if self.rows else None
         return Outcome(best, len(self.rows), stopped, sum(row["seconds"] for row in self.rows))
+
+
+def _found(folder: Path) -> Standing | None:
+    """As `states.load`; an error says what can be done."""
+    try:
+        return states.load(folder)
+    except FileError as error:
+        error.add_note("remove that file, and the run goes on from the one before it, or begins anew if there is none")
+        raise
 
 
 def _events(folder: Path) -> Any:

@@ -39,6 +39,10 @@ class Source:
         return replace(self, params=params, state=state)
 
 
+class NamelessError(ConversionError):
+    """Nothing says which model the weights are of."""
+
+
 def load(source: str | os.PathLike[str], name: str | None = None) -> Source:
     """A network with weights.
 
@@ -49,6 +53,7 @@ def load(source: str | os.PathLike[str], name: str | None = None) -> Source:
 
     Raises:
         FileError: if the file is missing, damaged or of another kind.
+        NamelessError: if nothing says which model the weights are of.
         ConversionError: if it holds another model's weights.
     """
     path = Path(source)
@@ -60,10 +65,10 @@ def load(source: str | os.PathLike[str], name: str | None = None) -> Source:
                 raise ConversionError(f"{path} is a checkpoint of {about.model.name}, not of {name}")
             return Source(about.model, params, state, about.preprocessing, about.classes, about.origin)
         if name is None:
-            raise ConversionError(f"{path} does not say which model its weights are of: name the model")
+            raise NamelessError(f"{path} does not say which model its weights are of: name it")
         return _from_state_dict(name, found.tensors, path.name)
     if name is None:
-        raise ConversionError(f"{source} is no file, and weights of torchvision need the name of a model")
+        raise NamelessError(f"{source} does not say which model its weights are of: name it")
     entry = tv.weights_entry(purecnn.create(name), str(source))
     model = _published(name, entry)
     return Source(model, *tv.pretrained(model, entry), tv.preprocessing(entry), tv.classes(entry), tv.origin(entry))

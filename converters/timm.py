@@ -50,8 +50,7 @@ def pretrained(model: Model, weights: str | None = None) -> tuple[Tree, Tree]:
     """
     import timm
 
-    name = weights or NAMES.get(model.name)
-    if name is None or not LIBRARY.has(model):
+    if not LIBRARY.has(model) or (name := weights or NAMES.get(model.name)) is None:
         raise ConversionError(f"timm publishes no weights of {model.name}; it does of {', '.join(NAMES)}")
     try:
         module = timm.create_model(name, pretrained=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,13 +14,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from torch import nn
+from torch.func import vmap
 
 import purecnn
 from converters import checkpoint, files, sources, states
 from converters import torchvision as tv
 from converters.rules import ConversionError
-from purecnn import random, tree
+from purecnn import ensembles, random, tree
 from purecnn.data import Preprocessing
+from purecnn.fold import fold
 from purecnn.optimizers import sgd
 from purecnn.training import Position, TrainState
 
@@ -229,6 +233,25 @@ def test_trees_of_another_model_are_not_saved(tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
+def test_members_are_saved_one_by_one(tmp_path: Path) -> None:
+    model = purecnn.create("resnet18", num_classes=2)
+    stacked = vmap(model.init)(random.split(random.key(0), 3))
+    with pytest.raises(ConversionError, match=r"first axis of 3 members, .*unstack\(\(params, state\)\)"):
+        checkpoint.save(tmp_path / "x.safetensors", model, *stacked)
+    for params, state in ensembles.unstack(stacked)[2:]:
+        checkpoint.save(tmp_path / "x.safetensors", model, params, state)
+        _, params_again, state_again = checkpoint.load(tmp_path / "x.safetensors")
+        assert same(params, params_again)
+        assert same(state, state_again)
+
+
+def test_folded_networks_are_not_saved(tmp_path: Path) -> None:
+    model = purecnn.create("resnet18", num_classes=2)
+    with pytest.raises(ConversionError, match="save the network before it is folded"):
+        checkpoint.save(tmp_path / "x.safetensors", *fold(model, *model.init(random.key(0))))
+    assert not any(tmp_path.iterdir())
+
+
 def test_names_are_as_many_as_the_classes(tmp_path: Path) -> None:
     model = purecnn.create("lenet5", num_classes=3)
     with pytest.raises(ConversionError, match="lenet5 has 3 classes, and there are 2 names"):
@@ -283,6 +306,44 @@ def test_what_else_a_file_may_hold_is_named(tmp_path: Path) -> None:
             files.read(tmp_path / "x.pth")
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol 4")
+def test_files_of_another_kind_say_what_they_are(tmp_path: Path) -> None:
+    module = nn.Linear(2, 2)
+    torch.save(module, tmp_path / "whole.pth")
+    torch.save(module, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    torch.save(module.state_dict(), tmp_path / "good.pth")
+    files.write(tmp_path / "good.safetensors", module.state_dict())
+    (tmp_path / "other.pth").write_bytes(pickle.dumps({"x": 1}, protocol=4))
+    good = {ending: (tmp_path / f"good{ending}").read_bytes() for ending in (".pth", ".safetensors")}
+    (tmp_path / "renamed.pth").write_bytes(good[".safetensors"])
+    (tmp_path / "renamed.safetensors").write_bytes(good[".pth"])
+    for ending, whole in good.items():
+        (tmp_path / f"cut{ending}").write_bytes(whole[:-20])
+        (tmp_path / f"page{ending}").write_text("<!DOCTYPE html><html></html>")
+        (tmp_path / f"empty{ending}").touch()
+        (tmp_path / f"folder{ending}").mkdir()
+    for name, words in {
+        "whole.pth": r"holds a whole module .*\(torch\.nn\.modules\.linear\.Linear\): save module\.state_dict\(\)",
+        "old.pth": r"holds a whole module .*: save module\.state_dict\(\)",
+        "other.pth": r"holds a pickle of .*save module\.state_dict\(\)",
+        "renamed.pth": r"is a \.safetensors file, and should end so",
+        "renamed.safetensors": r"is a file that torch saved, and should end in \.pth",
+        "cut.pth": "is damaged",
+        "cut.safetensors": "is damaged",
+        **{f"page{ending}": "is damaged, or no file of tensors: it begins with b'<!DOCTYPE" for ending in good},
+        **{f"empty{ending}": "is empty" for ending in good},
+        **{f"folder{ending}": "is a folder" for ending in good},
+    }.items():
+        with pytest.raises(files.FileError, match=rf"{name} {words}") as caught:
+            files.read(tmp_path / name)
+        assert "weights_only" not in str(caught.value)
+        assert "\x1b" not in str(caught.value)
+    with pytest.raises(
+        files.FileError, match=r"good\.pth is not a checkpoint of purecnn; .*: purecnn convert .* --model NAME"
+    ):
+        checkpoint.load(tmp_path / "good.pth")
+
+
 def test_a_checkpoint_of_an_unknown_model(tmp_path: Path) -> None:
     metadata = {
         "format": checkpoint.FORMAT,
@@ -308,9 +369,9 @@ def test_sources(tmp_path: Path) -> None:
     assert theirs.model.num_classes == 7  # counted in the file
     with pytest.raises(ConversionError, match="checkpoint of squeezenet1_1, not of lenet5"):
         sources.load(tmp_path / "ours.safetensors", "lenet5")
-    with pytest.raises(ConversionError, match="name the model"):
+    with pytest.raises(ConversionError, match="which model its weights are of: name it"):
         sources.load(tmp_path / "theirs.pth")
-    with pytest.raises(ConversionError, match="name of a model"):
+    with pytest.raises(ConversionError, match="does not say which model"):
         sources.load("DEFAULT")
 
 

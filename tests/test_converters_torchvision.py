@@ -331,6 +331,37 @@ def test_a_whole_checkpoint_in_place_of_its_state_dict() -> None:
         tv.from_state_dict(purecnn.create("squeezenet1_1"), {"state_dict": squeezenet()})  # type: ignore[dict-item]
 
 
+@pytest.mark.parametrize(
+    ("convert", "words"),
+    [
+        (lambda model, trees: tv.from_state_dict(model, peer(model.name)), r"a SqueezeNet: .*module\.state_dict\(\)"),
+        (lambda model, trees: tv.from_state_dict(model, "x.pth"), r"'x\.pth': .*converters\.files\.read\(path\)"),
+        (lambda model, trees: tv.from_state_dict(model.name, {}), "expected a model, .*found 'squeezenet1_1'"),
+        (lambda model, trees: tv.from_state_dict({}, model), "expected a model, .*found a dict"),
+        (lambda model, trees: tv.to_state_dict(*trees, model), "expected a model, .*found a dict"),
+        (lambda model, trees: tv.to_state_dict(model, trees, {}), "expected two trees, .*found a tuple"),
+        (lambda model, trees: tv.to_module(model, trees[0], None), "expected two trees, .*found a NoneType"),
+        (lambda model, trees: tv.pretrained(model.name), "expected a model, .*found 'squeezenet1_1'"),
+        (lambda model, trees: tv.has(model.name), "expected a model, .*found 'squeezenet1_1'"),
+    ],
+)
+def test_other_arguments(convert: Callable[..., Any], words: str) -> None:
+    model = purecnn.create("squeezenet1_1")
+    with pytest.raises(TypeError, match=words):
+        convert(model, model.init(random.key(0)))
+
+
+def test_group_normalisation_takes_the_parameters_alone() -> None:
+    batch, group = (purecnn.create("resnet18", norm=norm) for norm in ("batch", "group"))
+    state_dict = tv.to_state_dict(batch, *batch.init(random.key(0)))
+    with pytest.raises(ConversionError, match='norm="group" has no statistics: read them with norm="batch"'):
+        tv.from_state_dict(group, state_dict)
+    params, _ = tv.from_state_dict(batch, state_dict)
+    group.check(params, {})
+    with pytest.raises(ConversionError, match='torchvision\'s resnet18 cannot have norm="group": bn1'):
+        tv.to_state_dict(group, params, {})
+
+
 def _call(function: Callable[..., Any]) -> Callable[[Model], Any]:
     return lambda model: function(model, *model.init(random.key(0)))
 

@@ -53,13 +53,17 @@ def test_every_family_as_program_and_as_onnx(case: Case, tmp_path: Path) -> None
 
 
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # PyTorch 2.11 reads its file so
-def test_files_keep_notes(tmp_path: Path) -> None:
+def test_files_keep_notes_and_names(tmp_path: Path) -> None:
     params, state = LENET.init(KEY)
     program = export.program(LENET, params, state)
     export.save_onnx(tmp_path / "model.onnx", program, {"classes": "0 to 9"})
     export.save_program(tmp_path / "model.pt2", program, {"classes": "0 to 9"})
-    metadata = onnxruntime.InferenceSession(tmp_path / "model.onnx").get_modelmeta().custom_metadata_map
-    assert metadata["classes"] == "0 to 9"
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    assert session.get_modelmeta().custom_metadata_map["classes"] == "0 to 9"
+    assert [(end.name, end.shape) for end in (*session.get_inputs(), *session.get_outputs())] == [
+        ("images", ["batch", 1, 32, 32]),
+        ("logits", ["batch", 10]),
+    ]
     extra = {"classes": ""}
     loaded = torch.export.load(tmp_path / "model.pt2", extra_files=extra)
     assert extra == {"classes": "0 to 9"}

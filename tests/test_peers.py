@@ -5,9 +5,9 @@ import torch
 from torch import Tensor, nn
 
 import purecnn
-from converters import pytorchcv, timm
+from converters import pytorchcv, timm, torchvision
 from converters.library import Library
-from converters.rules import leaves
+from converters.rules import ConversionError, leaves
 from purecnn import random, tree
 from tests.table import TABLE, assert_close, differences, drawn_state_dict, heads, loss_of, to
 
@@ -56,6 +56,25 @@ def test_model_equals_the_library_s(library: str, name: str) -> None:
     assert_close(
         {key: ours[key].double() for key in buffers}, {key: b.double() for key, b in buffers.items()}, rtol=1e-9
     )
+
+
+@pytest.mark.parametrize("name", ["resnet18", "densenet121"])
+def test_timm_has_some_of_torchvisions_names(name: str) -> None:
+    peer = pytest.importorskip("timm", reason="timm is not installed: nox -s peers has it")
+    model, module = purecnn.create(name), peer.create_model(name)
+    module.load_state_dict(drawn_state_dict(module))
+    params, state = torchvision.from_state_dict(model, module.state_dict())
+    x = random.normal(random.key(1), (2, 3, 224, 224))
+    with torch.no_grad():
+        assert torch.equal(model.apply(params, state, x)[0], module.eval()(x))
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_models_of_torchvision_are_read_by_its_converter(library: str) -> None:
+    with pytest.raises(ConversionError, match=r"no counterpart of resnet18: converters\.torchvision has it"):
+        LIBRARIES[library].from_state_dict(purecnn.create("resnet18"), {})
+    with pytest.raises(ConversionError, match=r"no counterpart of lenet5$"):
+        LIBRARIES[library].from_state_dict(purecnn.create("lenet5"), {})
 
 
 @pytest.mark.parametrize("library", LIBRARIES)

@@ -24,6 +24,7 @@ from converters.files import FileError
 from purecnn import random
 from purecnn.optimizers import adamw
 from purecnn.training import Position, TrainState
+from tests.test_cli import fails
 
 TRAIN = ("train", "lenet5", "--data", "digits", "--epochs", "2", "--batch-size", "128")
 """24 steps."""
@@ -262,6 +263,23 @@ def test_misuse(tmp_path: Path) -> None:
     result = call(*TRAIN, "--resume")
     assert result.exit_code == 2
     assert "needs its folder" in " ".join(re.sub("[│╭╮╰╯─]", " ", result.output).split())
+
+
+def test_a_cut_file_can_be_removed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (*TRAIN, "--out", str(tmp_path / "run"))
+    assert call(*words, "--keep", "2").exit_code == 0
+    last = sorted((tmp_path / "run" / "states").iterdir())[-1]
+    whole = last.read_bytes()
+    last.write_bytes(whole[:500])
+    code, error = fails(capsys, monkeypatch, *words, "--keep", "2", "--resume")
+    assert code == 1
+    assert "is damaged: " in error
+    assert "; remove that file, and the run goes on from the one before it" in error
+    last.unlink()
+    assert call(*words, "--keep", "2", "--resume").exit_code == 0
+    assert last.is_file()
 
 
 def test_the_last_files_are_kept(tmp_path: Path) -> None:
