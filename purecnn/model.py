@@ -70,7 +70,8 @@ class Model:
             loss: of outputs and labels; by default cross-entropy.
 
         Raises:
-            ValueError: if it gives something else, or another number of logits.
+            ValueError: if it gives another number of logits; that they have no further axes, as those of pixels would, is
+                not asked for.
 
         >>> import purecnn
         >>> from purecnn.layers import conv, global_avg_pool, linear, relu
@@ -81,9 +82,9 @@ class Model:
         settings = MappingProxyType({"num_classes": num_classes})
         model = cls(name, layer, settings, paper, in_channels, image_size, norm, loss)
         shape = logits_of(model._init(Mode(train=True, batch_statistics=True, norm=norm))[2]).shape
-        if len(shape) != 2 or shape[1] != num_classes:
-            sizes = ", ".join(map(str, shape[1:]))
-            raise ValueError(f"the layer should give logits (batch, {num_classes}), found (batch, {sizes})")
+        if len(shape) < 2 or shape[1] != num_classes:
+            sizes = ", ".join(("batch", *map(str, shape[1:])))
+            raise ValueError(f"the layer should give logits (batch, {num_classes}), found ({sizes})")
         return model
 
     def __copy__(self) -> "Model":

@@ -282,7 +282,7 @@ def test_weights_of_no_model(
     torch.save({"weight": torch.zeros(1)}, file)
     code, error = fails(capsys, monkeypatch, "predict", __file__, "--from", str(file))
     assert code == 2
-    assert "weights.pth does not say which model its weights are of: name it by --model NAME" in error
+    assert "does not say which model its weights are of: name it by --model NAME" in error
 
 
 def test_failures(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -496,8 +496,8 @@ def test_counts_are_positive_whole_numbers(settings: dict[str, Any]) -> None:
 
 
 def test_logits_are_what_a_model_gives() -> None:
-    with pytest.raises(ValueError, match=r"logits \(batch, 4\), found \(batch, 4, 8, 8\)"):
-        purecnn.Model.of(layers.conv(4, 3), num_classes=4, image_size=8)
+    with pytest.raises(ValueError, match=r"logits \(batch, 4\), found \(batch, 5, 8, 8\)"):
+        purecnn.Model.of(layers.conv(5, 3), num_classes=4, image_size=8)
 
 
 def test_settings_are_the_same_from_a_file() -> None:
