@@ -70,8 +70,7 @@ class Model:
             loss: of outputs and labels; by default cross-entropy.
 
         Raises:
-            ValueError: if it gives another number of logits; that they have no further axes, as those of pixels would, is
-                not asked for.
+            ValueError: if it gives another number of logits. They may have further axes, as those of pixels do.
 
         >>> import purecnn
         >>> from purecnn.layers import conv, global_avg_pool, linear, relu
