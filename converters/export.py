@@ -317,7 +317,7 @@ def _reader(template: Any) -> Callable[[Any, list[Any]], bool]:
 
     Made once, because a network has hundreds of leaves, and a call of it is to cost little.
     """
-    kinds = (dict, Mapping) if isinstance(template, dict) else (tuple, list)
+    kinds = (dict, Mapping) if isinstance(template, dict) else (tuple, list)  # to ask for an abstract type takes longer
     names = list(template if isinstance(template, dict) else range(len(template)))
     inner = [(name, None if isinstance(template[name], str) else _reader(template[name])) for name in names]
 

@@ -250,6 +250,11 @@ def _affine(shape: tuple[int, ...], scale: bool = True) -> dict[str, Leaf]:
     return {**({"weight": Leaf(shape, 1.0)} if scale else {}), "bias": Leaf(shape, 0.0)}
 
 
+def _along(values: Tensor, x: Tensor) -> Tensor:
+    """A number for each channel, shaped to go with images or vectors ``x``."""
+    return values.view(-1, *(1,) * (x.ndim - 2))
+
+
 def batch_norm(eps: float = 1e-5, momentum: float = 0.1, *, scale: bool = True) -> Layer:
     """Batch normalisation of each channel (Ioffe and Szegedy 2015, arXiv:1502.03167, algorithm 1).
 
@@ -290,8 +295,7 @@ def batch_norm(eps: float = 1e-5, momentum: float = 0.1, *, scale: bool = True) 
             if is_mapped() and not torch.compiler.is_compiling():
                 # One pass, where torch's rule makes three.
                 slope = weight * (var + eps).rsqrt()
-                shape = (-1, *(1,) * (x.ndim - 2))
-                y = torch.addcmul((bias - mean * slope).view(shape), x, slope.view(shape))
+                y = torch.addcmul(_along(bias - mean * slope, x), x, _along(slope, x))
                 return y if y.dtype == dtype else y.to(dtype), state
             # F.batch_norm without its way through Python; the last argument allows cuDNN.
             y = torch.batch_norm(x, weight, bias, mean, var, False, momentum, eps, True)
@@ -301,8 +305,7 @@ def batch_norm(eps: float = 1e-5, momentum: float = 0.1, *, scale: bool = True) 
             raise ValueError(f"a batch's statistics need more than one value per channel, found {tuple(x.shape)}")
         if mode.synchronized:
             y, m, v, values = _normalized_over_processes(x.to(mean.dtype), eps)
-            shape = (-1, *(1,) * (x.ndim - 2))
-            y = y * weight.view(shape) + bias.view(shape)
+            y = y * _along(weight, x) + _along(bias, x)
         elif is_mapped_or_nested():
             # The operator below has no vmap rule, nor all derivatives. This one has, but gives the deviation in place
             # of the variance.
@@ -333,11 +336,10 @@ def batch_norm(eps: float = 1e-5, momentum: float = 0.1, *, scale: bool = True) 
 def _normalized_over_processes(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The batch of all processes, of mean 0 and variance 1; its mean, variance, and number of values in a channel."""
     values = distributed.total({"": torch.full((), float(x.numel() // x.shape[1]), device=x.device)})[""]
-    shape = (-1, *(1,) * (x.ndim - 2))
     m = distributed.total_flowing(reduce(x, "b c ... -> c", "sum")) / values
-    centred = x - m.view(shape)
+    centred = x - _along(m, x)
     v = distributed.total_flowing(reduce(centred.square(), "b c ... -> c", "sum")) / values
-    return centred * (v + eps).rsqrt().view(shape), m.detach(), v.detach(), values
+    return centred * _along((v + eps).rsqrt(), x), m.detach(), v.detach(), values
 
 
 def group_norm(groups: int = 32, eps: float = 1e-5, *, scale: bool = True) -> Layer:
