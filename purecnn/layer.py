@@ -177,6 +177,7 @@ def named(name: str, layer: Layer) -> Layer:
     if not name or "." in name:
         raise ValueError(f"a layer's name must be non-empty and without dots, found {name!r}")
     is_list = any(child.isdigit() for child in layer.names)
+    knows = layer.names.issuperset
 
     def init(x: Any, mode: Mode) -> tuple[Tree, Tree, Any]:
         try:
@@ -187,13 +188,16 @@ def named(name: str, layer: Layer) -> Layer:
         return {name: params} if params else {}, {name: state} if state else {}, y
 
     def apply(params: Tree, state: Tree, x: Any, mode: Mode) -> tuple[Any, Tree]:
+        own = params.get(name, _EMPTY)
         before = state.get(name, _EMPTY)
         inner = mode.enter(name)
         try:
+            if not knows(own) and mode.around is None:
+                _check_known(layer, own)
             if mode.remat and not is_list:
-                y, after = _rematerialized(layer, params.get(name, _EMPTY), before, x, inner)
+                y, after = _rematerialized(layer, own, before, x, inner)
             else:
-                y, after = layer.apply(params.get(name, _EMPTY), before, x, inner)
+                y, after = layer.apply(own, before, x, inner)
         except Exception as error:
             _blame(error, name, x)
             raise
@@ -206,6 +210,13 @@ def named(name: str, layer: Layer) -> Layer:
         return y, state if same else {**state, name: after}
 
     return Layer(init, apply, frozenset((name,)))
+
+
+def _check_known(layer: Layer, params: Tree) -> None:
+    """That nobody's layers are left out silently. Single tensors may be beside a layer's own, as a folded bias is."""
+    for name, part in params.items():
+        if name not in layer.names and isinstance(part, Mapping):
+            raise ValueError(f"there is no layer {name!r} here, but parameters of one: they are another network's")
 
 
 def _rematerialized(layer: Layer, params: Tree, state: Tree, x: Any, mode: Mode) -> tuple[Any, Tree]:

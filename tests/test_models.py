@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 import purecnn
 from purecnn import UnknownModelError, layers, model, random, serial, tree
+from purecnn.layer import Layer, Mode
+from purecnn.tree import Tree
 from purecnn.zoo import VARIANTS
 from tests.table import CASES, TABLE, Case, differences, family, heads, quiet, unsettled
 
@@ -476,6 +478,42 @@ def test_a_note_says_what_does_not_fit(change: Callable[..., Any], note: str) ->
     with pytest.raises((KeyError, AttributeError, RuntimeError)) as caught:
         model.apply(*change(params, state, torch.zeros(1, 3, 64, 64)))
     assert re.search(note, caught.value.__notes__[-1])
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "where"),
+    [
+        ("resnet18", "resnet34", "stage1"),
+        ("vgg16", "vgg19", "stage2"),
+        ("vgg13", "vgg13_bn", "stem"),
+        ("convnext_tiny", "convnext_small", "stage3"),
+    ],
+)
+def test_a_deeper_networks_parameters_do_not_run(mine: str, theirs: str, where: str) -> None:
+    model, other = purecnn.create(mine), purecnn.create(theirs)
+    with pytest.raises(ValueError, match=r"^there is no layer .* here, but parameters of one") as caught:
+        model.apply(*other.spec(), torch.empty(1, 3, 64, 64, device="meta"))
+    assert caught.value.__notes__[0].startswith(f"in layer '{where}")
+    assert "are not those of" in caught.value.__notes__[-1]
+
+
+def test_an_around_may_find_more_than_a_layers_own_parameters() -> None:
+    model = purecnn.create("lenet5")
+    params, state = model.init(random.key(0))
+    images = random.normal(random.key(1), (2, 1, 32, 32))
+    head = params["head"]["linear"]
+    low = {"down": torch.ones(84, 1), "up": torch.ones(1, 10)}
+    adapted = {**params, "head": {"linear": {**head, "low": low}}}
+
+    def around(layer: Layer, params: Tree, state: Tree, x: Any, mode: Mode) -> tuple[Any, Tree]:
+        y, state = layer.apply(params, state, x, mode)
+        return (y + x @ params["low"]["down"] @ params["low"]["up"] if "low" in params else y), state
+
+    features = model.features(params, state, images)
+    expected = features["head"] + features["stage2"].sum(1, keepdim=True)
+    torch.testing.assert_close(model.apply(adapted, state, images, around=around)[0], expected)
+    with pytest.raises(ValueError, match="no layer 'low' here"):
+        model.apply(adapted, state, images)
 
 
 def test_a_tap_that_fails_is_no_matter_of_the_trees() -> None:

@@ -5,6 +5,7 @@ optimizers are functions: Optax, compiled by ``jax.jit``, with and without donat
 also as a package, compiled ahead of time.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from typing import Any
@@ -21,20 +22,21 @@ from tests.benchmarks.race import Row, Setting, check, package, rows
 
 WHAT = "optimizer step, resnet50's parameters"
 NEEDS_GPU = False
+RULES: dict[str, tuple[Optimizer, Callable[..., Any]]] = {
+    "SGD with momentum": (
+        sgd(1e-4, momentum=0.9),
+        lambda leaves, **kind: torch.optim.SGD(leaves, lr=1e-4, momentum=0.9, **kind),
+    ),
+    "AdamW": (adamw(1e-4), lambda leaves, **kind: torch.optim.AdamW(leaves, lr=1e-4, **kind)),
+}
+"""Ours, and torch's of given leaves."""
 
 
 def run(setting: Setting) -> Iterator[Row]:
     model = purecnn.create(setting.pick("resnet50", "lenet5"))
     params, _ = model.init(random.key(0, setting.device))
     grads, _ = model.init(random.key(1, setting.device))
-    rules: dict[str, tuple[Optimizer, Callable[..., Any]]] = {
-        "SGD with momentum": (
-            sgd(1e-4, momentum=0.9),
-            lambda leaves, **kind: torch.optim.SGD(leaves, lr=1e-4, momentum=0.9, **kind),
-        ),
-        "AdamW": (adamw(1e-4), lambda leaves, **kind: torch.optim.AdamW(leaves, lr=1e-4, **kind)),
-    }
-    for name, (optimizer, build) in rules.items():
+    for name, (optimizer, build) in RULES.items():
         for donate in (True, False):
             yield from race(setting, name, optimizer, build, params, grads, donate=donate)
 
@@ -81,7 +83,7 @@ def race(
     what = f"{name}, {'donating' if donate else 'pure'}"
     goals = {"torch.optim, fused": 1.0}
     result = rows(setting, "B7", what, ours, peers, goals=goals)
-    packaged = None if donate else package(setting, lambda *trees: optimizer.update(*trees), grads, opt_state, params)
+    packaged = None if donate else package(setting, functools.partial(_updated, name), grads, opt_state, params)
     if packaged is not None:
         held = opt_state, params
 
@@ -94,6 +96,10 @@ def race(
         check(tree.flatten(expected), tree.flatten(found))
         result += rows(setting, "B7", f"{what}, as a package", ready, peers, goals=goals)
     return [row._replace(note=_version(row.peer)) if row.peer in others else row for row in result]
+
+
+def _updated(name: str, grads: Tree, opt_state: Tree, params: Tree) -> tuple[Tree, Tree]:
+    return RULES[name][0].update(grads, opt_state, params)
 
 
 def _version(package: str) -> str:

@@ -1,5 +1,6 @@
 """B9: a CPU, beside torchvision: evaluation, training step, initialisation, folded inference, and a compiled step."""
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -12,7 +13,7 @@ from purecnn import random, tree
 from purecnn.fold import fold, pack
 from purecnn.optimizers import sgd
 from purecnn.training import TrainState, make_step
-from tests.benchmarks.race import Constant, Row, Setting, check, images, package, pair, rows
+from tests.benchmarks.race import Constant, Row, Setting, check, images, logits, package, pair, rows
 
 WHAT = "eager and folded on a CPU"
 NEEDS_GPU = False
@@ -126,7 +127,7 @@ def frozen(setting: Setting, name: str) -> Iterator[Row]:
         packed, own = pack(folded, fewer, rest, x)
         what = f"{name}, folded and packed, batch {batch}"
         yield from rows(setting, "B9", what, lambda: packed.apply(own, rest, x), peers)
-    ready = package(setting, lambda x: model.apply(params, state, x)[0], x)
+    ready = package(setting, functools.partial(logits, model, params, state), x)
     if ready is None:
         return
     with torch.inference_mode():

@@ -6,7 +6,9 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -199,12 +201,22 @@ def pair(
 
 
 def package(setting: Setting, function: Callable[..., Any], *arguments: Any) -> Callable[..., Any] | None:
-    """The function, compiled ahead of time; None at toy size, since to compile takes longer than all else."""
+    """The function, compiled ahead of time; None at toy size, since to compile takes longer than all else.
+
+    By a process of its own, so ``function`` can be pickled: what a compilation leaves behind slows Python down.
+    """
     if setting.toy or not COMPILER:
         return None
-    with tempfile.TemporaryDirectory() as folder:
-        export.package(Path(folder, "package.pt2"), function, *arguments)
-        return export.load(Path(folder, "package.pt2"))
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(1, get_context("spawn")) as maker:
+        file = Path(folder, "package.pt2")
+        maker.submit(export.package, file, function, *arguments).result()
+        return export.load(file)
+
+
+def logits(model: purecnn.Model, params: Tree, state: Tree, x: Tensor) -> Tensor:
+    """A network in evaluation, for `package`."""
+    y: Tensor = model.apply(params, state, x)[0]
+    return y
 
 
 class Constant(nn.Module):
