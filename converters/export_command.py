@@ -1,6 +1,7 @@
 """The command ``purecnn export``: a network as a file that other programs run, and the proof that it is the same."""
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
@@ -104,7 +105,10 @@ def _difference(run: Run | None, network: Run, shape: torch.Size) -> float | Non
 
 def _reader(path: Path, compiled: bool) -> Run | None:
     if path.suffix == ".pt2":
-        result: Run = export.load(path) if compiled else torch.export.load(path).module()
+        with warnings.catch_warnings():
+            # PyTorch 2.11 warns of how it reads a file itself.
+            warnings.filterwarnings("ignore", "The given buffer is not writable")
+            result: Run = export.load(path) if compiled else torch.export.load(path).module()
         return result
     try:
         from onnxruntime import InferenceSession

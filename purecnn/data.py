@@ -295,8 +295,12 @@ class Preprocessing:
         return [v2.Resize(self.resize, interpolation=InterpolationMode(self.interpolation)), crop]
 
     def _to_tensor(self) -> list[Callable[[Any], Any]]:
-        to_float = v2.ToDtype(torch.float32, scale=True)
-        return [v2.ToImage(), to_float, v2.Normalize(self.mean, self.std), v2.ToPureTensor()]
+        return [v2.functional.pil_to_tensor, _unit, v2.Normalize(self.mean, self.std)]
+
+
+def _unit(image: Tensor) -> Tensor:
+    """From bytes to 0 to 1, divided as torchvision's presets do; ``v2.ToDtype`` multiplies by the reciprocal."""
+    return image.float() / 255
 
 
 def _three_equal(grey: tuple[float, ...]) -> tuple[float, ...]:

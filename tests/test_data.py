@@ -13,9 +13,10 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.data import dataloader
+from torchvision import transforms
 from torchvision.transforms import v2
 
-from purecnn import data, random
+from purecnn import augment, data, random
 
 
 def worker_processes(test: Callable[..., None]) -> Any:
@@ -267,13 +268,12 @@ def test_read_image_names_what_it_cannot_read(tmp_path: Path) -> None:
 
 def test_evaluation_is_torchvisions_own_recipe() -> None:
     image = Image.effect_noise((300, 400), 60).convert("RGB")
-    recipe = v2.Compose(
+    recipe = transforms.Compose(
         [
-            v2.Resize(256),
-            v2.CenterCrop(224),
-            v2.ToImage(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+            transforms.Resize(256),
+            transforms.CenterCrop(224),
+            transforms.ToTensor(),
+            transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
         ]
     )
     found = data.Preprocessing().evaluation()(image)
@@ -281,6 +281,12 @@ def test_evaluation_is_torchvisions_own_recipe() -> None:
     assert torch.equal(found, recipe(image))
     assert torch.equal(found, data.Preprocessing().evaluation()(v2.functional.pil_to_tensor(image)))
     assert torch.equal(found, data.Preprocessing().evaluation()(np.asarray(image)))
+
+
+def test_bytes_normalised_on_the_device_are_the_same() -> None:
+    prepare, image = data.Preprocessing(), Image.effect_noise((300, 400), 60).convert("RGB")
+    later = augment.normalize(prepare.mean, prepare.std)(prepare.bytes()(image)[None], random.key(0))
+    assert torch.equal(later[0], prepare.evaluation()(image))
 
 
 def test_preprocessing_survives_json() -> None:

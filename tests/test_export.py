@@ -244,7 +244,6 @@ def checkpointed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.filterwarnings("ignore:The given buffer is not writable")
 @pytest.mark.parametrize("words", [("x.onnx",), ("x.pt2",), ("x.onnx", "--fold"), ("y.onnx", "--image-size", "32")])
 def test_export(checkpointed: Path, words: tuple[str, ...]) -> None:
     result = call("export", "lenet.safetensors", *words, "--json")
@@ -268,7 +267,6 @@ def test_exported_file_knows_its_classes(checkpointed: Path) -> None:
     assert json.loads(found["model"]) == "lenet5"
 
 
-@pytest.mark.filterwarnings("ignore:The given buffer is not writable")
 @pytest.mark.parametrize("wrong", [0.1, math.nan])
 @pytest.mark.parametrize("target", ["x.onnx", "x.pt2"])
 def test_a_file_with_other_logits_is_not_left(
