@@ -125,10 +125,10 @@ def write(
         FileError: if the name has another ending, or there is metadata for a ``.pth`` file, which has no place for it.
     """
     suffix = Path(path).suffix
-    if suffix not in (".safetensors", ".pth"):
-        raise FileError(f"{path} should end in .safetensors or .pth")
-    if suffix == ".pth" and metadata:
-        raise FileError(f"{path} should end in .safetensors: a .pth file cannot say what its tensors are")
+    allowed = (".safetensors",) if metadata else (".safetensors", ".pth")
+    if suffix not in allowed:
+        why = ": a .pth file cannot say what its tensors are" if suffix == ".pth" else ""
+        raise FileError(f"{path} should end in {' or '.join(allowed)}{why}")
     with replacing(path) as file:
         if suffix == ".pth":
             torch.save(tensors, file)

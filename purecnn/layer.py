@@ -244,6 +244,13 @@ def _children(positional: tuple[Layer, ...], keyword: Mapping[str, Layer]) -> tu
     return layers, names
 
 
+def _joined(first: Tree, second: Tree) -> Tree:
+    """Two layers' tensors in one tree; a pair written by hand may not have declared its names."""
+    if clash := sorted(first.keys() & second.keys()):
+        raise ValueError(f"two layers use {clash}: give one of them a name")
+    return {**first, **second}
+
+
 def serial(*layers: Layer, **named_layers: Layer) -> Layer:
     """One layer after the other, positional ones first: ``serial(f, g)(x) = g(f(x))``.
 
@@ -264,8 +271,7 @@ def serial(*layers: Layer, **named_layers: Layer) -> Layer:
         state: Tree = {}
         for child in children:
             own_params, own_state, x = child.init(x, mode)
-            params |= own_params
-            state |= own_state
+            params, state = _joined(params, own_params), _joined(state, own_state)
         return params, state, x
 
     def apply(params: Tree, state: Tree, x: Any, mode: Mode) -> tuple[Any, Tree]:
@@ -296,8 +302,7 @@ def _parallel(join: Callable[[list[Any]], Any], layers: tuple[Layer, ...], keywo
         outputs = []
         for child in children:
             own_params, own_state, y = child.init(x, mode)
-            params |= own_params
-            state |= own_state
+            params, state = _joined(params, own_params), _joined(state, own_state)
             outputs.append(y)
         return params, state, join(outputs)
 
@@ -388,8 +393,7 @@ def fork(main: Layer, **aux: Layer) -> Layer:
         aux = []
         for child in heads:
             own_params, own_state, y = child.init(x, mode)
-            params |= own_params
-            state |= own_state
+            params, state = _joined(params, own_params), _joined(state, own_state)
             aux.append(y)
         own_params, own_state, y = main.init(x, mode)
         return params | own_params, state | own_state, join(y, aux)

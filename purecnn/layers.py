@@ -288,7 +288,7 @@ def batch_norm(eps: float = 1e-5, momentum: float = 0.1, *, scale: bool = True) 
             weight, bias = weight.to(mean.dtype), bias.to(mean.dtype)
             if is_mapped_or_nested():  # where torch cannot mix types
                 x = x.to(mean.dtype)
-        if mode.batch_statistics and not len(x) and not mode.synchronized:
+        if mode.batch_statistics and x.shape[0] == 0 and not mode.synchronized:
             # No images have no statistics. They count as a batch, as with torch.nn.
             mode, state = mode._replace(batch_statistics=False), {**state, "count": state["count"] + 1}
         if not mode.batch_statistics:

@@ -416,6 +416,10 @@ def _fixed(value: Any) -> Any:
     return tuple(map(_fixed, value)) if isinstance(value, (list, tuple)) else value
 
 
+_ALSO_CALLED = {"inception_v1": "googlenet", "inception_v2": "bn_inception", "lenet": "lenet5"}
+"""For the error alone: a model has one name."""
+
+
 def find(name: str) -> Variant:
     """The table's row of a model.
 
@@ -423,10 +427,10 @@ def find(name: str) -> Variant:
         UnknownModelError: if there is no such model.
     """
     if name not in VARIANTS:
-        near = difflib.get_close_matches(name, VARIANTS, n=3, cutoff=0.5)
-        raise UnknownModelError(
-            f"there is no model {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else "; see list_models()")
-        )
+        plain = name.lower().replace("-", "_")
+        near = [_ALSO_CALLED[plain]] if plain in _ALSO_CALLED else difflib.get_close_matches(plain, VARIANTS, 3, 0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else "see list_models(), or purecnn list in a shell"
+        raise UnknownModelError(f"there is no model {name!r}; {hint}")
     return VARIANTS[name]
 
 

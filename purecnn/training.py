@@ -223,10 +223,13 @@ def fit(
 
     Raises:
         DivergedError: if a loss is infinite or not a number.
-        ValueError: if ``start`` is another network's, there are no batches, or ``epochs`` is less than 1.
+        ValueError: if ``start`` is another network's or ``position`` is given too, there are no batches, or ``epochs``
+            is less than 1.
     """
     if epochs < 1:
         raise ValueError(f"epochs must be at least 1, found {epochs}")
+    if start is not None and position is not None:
+        raise ValueError("start begins a training and position goes on with one: give one of both")
     init_key, order_key, draw_key = random.split(key, 3)
     if position is None:
         params, state = model.init(init_key) if start is None else start

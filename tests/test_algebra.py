@@ -225,6 +225,16 @@ def test_two_layers_of_one_name(combine: Callable[..., Layer]) -> None:
 
 
 @pytest.mark.parametrize("combine", [serial, add, multiply, concat])
+def test_pairs_by_hand_that_do_not_declare_their_names(combine: Callable[..., Layer]) -> None:
+    def scale() -> Layer:
+        return Layer(lambda x, mode: ({"scale": torch.ones(1)}, {}, x), lambda p, s, x, mode: (x * p["scale"], s))
+
+    with pytest.raises(ValueError, match=r"two layers use \['scale'\]: give one of them a name"):
+        combine(scale(), scale()).init(X, TRAIN)
+    assert list(combine(scale(), other=scale()).init(X, TRAIN)[0]) == ["scale", "other"]
+
+
+@pytest.mark.parametrize("combine", [serial, add, multiply, concat])
 def test_two_unnamed_random_layers(combine: Callable[..., Layer]) -> None:
     with pytest.raises(ValueError, match="two random layers would share a mask"):
         combine(dropout(0.1), serial(relu, dropout(0.1)))

@@ -274,6 +274,10 @@ def test_a_global_drop_path_takes_one_column_in_the_whole_network() -> None:
 def test_unknown_name_shows_the_nearest() -> None:
     with pytest.raises(UnknownModelError, match=r"no model 'resnet51'; did you mean .*resnet50.*\?"):
         purecnn.create("resnet51")
+    with pytest.raises(UnknownModelError, match="did you mean resnet50 or"):
+        purecnn.create("ResNet-50")
+    with pytest.raises(UnknownModelError, match=r"'inception_v1'; did you mean googlenet\?"):
+        purecnn.create("inception_v1")
     with pytest.raises(UnknownModelError, match="see list_models"):
         purecnn.create("????")
 

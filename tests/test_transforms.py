@@ -282,13 +282,16 @@ class Wrapped(nn.Module):
 
 
 def export(setting: Setting, how: dict[str, Any], strict: bool) -> None:
-    module = Wrapped(setting.model, how)
-    arguments = (setting.params, setting.state, setting.x, setting.key)
-    exported = torch.export.export(module, arguments, strict=strict).module()
-    output, state = exported(*arguments)
-    expected, new_state = module(*arguments)
-    assert_close(tuple(output), tuple(expected))
-    assert_close(state, new_state)
+    """For a batch of any size, also where it has statistics."""
+    module, (params, state, x, key) = Wrapped(setting.model, how), setting[1:5]
+    fixed = [tree.map(lambda _: None, each) for each in (params, state)]
+    shapes = (*fixed, {0: torch.export.Dim("batch", min=2)}, None)
+    exported = torch.export.export(module, (params, state, x, key), dynamic_shapes=shapes, strict=strict).module()
+    for images in (x, torch.cat([x, x, x[:1]])):
+        output, new = exported(params, state, images, key)
+        expected, expected_new = module(params, state, images, key)
+        assert_close(tuple(output), tuple(expected))
+        assert_close(new, expected_new)
 
 
 @TWO_MODES
