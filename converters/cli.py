@@ -22,8 +22,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 import typer
-from rich.markup import escape
 from rich.progress import Progress
+from rich.text import Text
 
 import purecnn
 from converters import checkpoint, explaining, files, recipes, run
@@ -185,7 +185,8 @@ def inspect(
         print_json([{field: getattr(row, field) for field in fields} for row in (whole, *rows)])
         return
     paper = network.paper
-    screen.print(f"[bold]{model}[/bold]  {paper.authors}, {paper.year}: {paper.title} ({paper.reference})")
+    screen.print(model, style="bold", end="")
+    screen.print(f"  {paper.authors}, {paper.year}: {paper.title} ({paper.reference})")
     result = table("layer", "output>", "parameters>", "MMACs>")
     shown = [row for row in _parents_first(rows) if row.path.count(".") < depth and (row.parameters or row.macs)]
     for row in (*shown, whole):
@@ -352,7 +353,7 @@ def verify(
         raise typer.BadParameter("name models, or say --all", param_hint="MODEL")
     known = [name for name in purecnn.list_models() if tv.has(purecnn.create(name))]
     names = known if everything else [name for pattern in models or [] for name in _matching(pattern)]
-    words = {True: "equal", False: "[red]differs[/red]", None: "-"}
+    words: dict[Any, str | Text] = {True: "equal", False: Text("differs", "red"), None: "-"}
     reports = []
     with Progress(console=notes, disable=not notes.is_terminal, transient=True) as progress:
         for name in progress.track(names, description="verifying"):
@@ -363,7 +364,7 @@ def verify(
         shown = table("model", *(check.replace("_", " ") for check in CHECKS), "")
         for report in reports:
             found = [words[getattr(report, check)] for check in CHECKS]
-            shown.add_row(report.model, *found, "equal" if report.equal else "[red]DIFFERS[/red]")
+            shown.add_row(report.model, *found, "equal" if report.equal else Text("DIFFERS", "red"))
         screen.print(shown)
         equal = sum(report.equal for report in reports)
         screen.print(f"{equal} of {len(reports)} models equal torchvision's bit for bit")
@@ -435,7 +436,7 @@ def main() -> None:
     except (ArithmeticError, ImportError, OSError, RuntimeError, ValueError) as error:
         # One paragraph; where in the network it happened is in the notes.
         words = [str(error), *getattr(error, "__notes__", [])]
-        notes.print(f"[red]error:[/red] {escape('; '.join(words))}", soft_wrap=True)
+        notes.print(Text.assemble(("error:", "red"), " ", "; ".join(words)), soft_wrap=True)
         sys.exit(1)
 
 

@@ -232,6 +232,8 @@ class _Run:
         self.steps = -(-len(dataset.train) // options.batch_size)
         self.phases = phases(options, params, self.steps)
         self.mix = mixing(options, len(dataset.classes))
+        if self.mix is not None and self.model.loss is not None:
+            raise ValueError(f"mixed pictures are for cross-entropy, and {self.model.name} has a loss of its own")
         self.writes = distributed.rank() == 0
         self.events = _events(folder / "events") if events and self.writes else None
         self.written = time.monotonic()

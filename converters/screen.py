@@ -8,8 +8,9 @@ from rich.console import Console
 from rich.table import Table
 
 # A pipe has no width of its own; without one, tables would be cut to 80 columns.
-screen = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-notes = Console(stderr=True, highlight=False)
+# No markup: a file or a class may be called "[bold]".
+screen = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False)
+notes = Console(stderr=True, highlight=False, markup=False)
 
 
 def table(*columns: str) -> Table:

@@ -97,7 +97,7 @@ def normalize(mean: Sequence[float], std: Sequence[float]) -> Augment:
             raise TypeError(f"normalize takes bytes, uint8, found {images.dtype}")
         m, s = (
             # Made where the images are: a tensor of a list would be brought there from the host at every call.
-            torch.stack([torch.full((1, 1), value, device=images.device) for value in each])
+            torch.stack([torch.full((1, 1), value, dtype=torch.float32, device=images.device) for value in each])
             for each in (mean, std)
         )
         return (images.float() / 255 - m) / s

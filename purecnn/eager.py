@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch._C._functorch import TransformType
+from torch.autograd import forward_ad
 
 _REQUIRES_GRAD = operator.attrgetter("requires_grad")
 _TRACER = torch._C._TorchDispatchModeKey.PROXY
@@ -17,8 +18,14 @@ def is_transformed(*tensors: Tensor) -> bool:
         torch.compiler.is_compiling()
         or torch._C._get_dispatch_mode(_TRACER) is not None
         or torch._C._functorch.peek_interpreter_stack() is not None
+        or _is_dual()
         or (torch.is_grad_enabled() and any(map(_REQUIRES_GRAD, tensors)))
     )
+
+
+def _is_dual() -> bool:
+    """Whether tensors may carry tangents: within ``torch.autograd.forward_ad.dual_level``, as ``torch.func.jvp`` is."""
+    return forward_ad._current_level >= 0
 
 
 def is_mapped() -> bool:
@@ -30,23 +37,29 @@ def is_mapped() -> bool:
 
 
 class Derivatives(NamedTuple):
-    """Differentiations by ``torch.func``, one within the other."""
+    """Differentiations by ``torch.func`` and ``forward_ad``, one within the other."""
 
     reverse: int
     forward: int
 
     @property
     def nested(self) -> bool:
-        """Whether there are several, for which some of torch's operators have wrong formulas."""
-        return self.reverse + self.forward > 1
+        """Whether there are several, for which some of torch's operators have wrong formulas.
+
+        A forward derivative may be differentiated by ``torch.autograd`` later, unless that is off.
+        """
+        return self.reverse + self.forward > 1 or (self.forward > 0 and torch.is_grad_enabled())
 
 
 def derivatives() -> Derivatives:
     """Which differentiations are active; none where the compiler cannot look."""
     if torch.compiler.is_compiling():
         return Derivatives(0, 0)
-    kinds = [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
-    return Derivatives(kinds.count(TransformType.Grad), kinds.count(TransformType.Jvp))
+    return _derivatives([level.key() for level in torch._C._functorch.get_interpreter_stack() or ()])
+
+
+def _derivatives(kinds: list[TransformType]) -> Derivatives:
+    return Derivatives(kinds.count(TransformType.Grad), max(kinds.count(TransformType.Jvp), int(_is_dual())))
 
 
 def is_mapped_or_nested() -> bool:
@@ -54,4 +67,4 @@ def is_mapped_or_nested() -> bool:
     if torch.compiler.is_compiling():
         return True
     kinds = [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
-    return TransformType.Vmap in kinds or kinds.count(TransformType.Grad) + kinds.count(TransformType.Jvp) > 1
+    return TransformType.Vmap in kinds or _derivatives(kinds).nested

@@ -1,5 +1,6 @@
 """Writing files wholly or not at all."""
 
+import errno
 import glob
 import os
 import platform
@@ -31,6 +32,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     'hello'
     """
     target = Path(path)
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "is a folder, and no file can take its place", str(target))
     target.parent.mkdir(parents=True, exist_ok=True)
     clear(target)
     folder = target.with_name(f".{target.name}.{_HOST}.{secrets.token_hex(8)}")

@@ -56,6 +56,9 @@ def conjugate_gradient(
     ({'w': tensor([1.0000, 0.2500])}, 2, True)
     """
     right = ravel(b)
+    largest = right.abs().max()
+    scale = torch.where(largest > 0, largest, 1)  # the square of a small vector may be zero
+    right = right / scale
 
     def apply(v: Tensor) -> Tensor:
         return ravel(product(unravel(v, b))) + damping * v
@@ -82,7 +85,7 @@ def conjugate_gradient(
         going = going & (square > target)
     size = right.norm()
     relative = torch.where(size > 0, (right - apply(x)).norm() / size, 0)
-    return Solution(unravel(x, b), relative, iterations, relative <= tolerance)
+    return Solution(unravel(x * scale, b), relative, iterations, relative <= tolerance)
 
 
 class Influence(NamedTuple):

@@ -150,6 +150,8 @@ _After: TypeAlias = tuple[Any, Tree]
 
 def _blame(error: Exception, name: str, x: Any) -> None:
     """Note on a passing exception in which layer it arose; every level on the way up prepends its name."""
+    if torch.compiler.is_compiling():  # which cannot trace notes
+        return
     notes = getattr(error, "__notes__", [])
     start = "in layer '"
     if notes and notes[-1].startswith(start):

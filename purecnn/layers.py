@@ -35,7 +35,9 @@ class Leaf(NamedTuple):
         if callable(fill) and mode.key is not None:
             return fill(inner.draw_key(), self.shape)
         value = 0.0 if callable(fill) else fill
-        return torch.full(self.shape, value, device="meta" if mode.key is None else mode.key.device)
+        # Of the type of all draws, whatever torch's default is; what is a whole number counts.
+        dtype = torch.int64 if isinstance(self.fill, int) else torch.float32
+        return torch.full(self.shape, value, dtype=dtype, device="meta" if mode.key is None else mode.key.device)
 
 
 # By a name, because the compiler cannot subscript types in functions inside of functions.

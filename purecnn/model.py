@@ -6,7 +6,7 @@ import fnmatch
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -96,7 +96,10 @@ class Model:
         """For pickle: a model of the table is built again, since functions cannot be written."""
         if self.layer is not self.built:
             raise TypeError(f"{self.name!r} has a layer of its own, which cannot be pickled: build it where it is used")
-        return functools.partial(create, self.name, **self.settings), ()
+        again = create(self.name, **self.settings)
+        names = {each.name for each in fields(self)} - {"layer", "built", "settings"}
+        changed = {name: getattr(self, name) for name in names if getattr(self, name) != getattr(again, name)}
+        return _again, (self.name, dict(self.settings), changed)
 
     @property
     def num_classes(self) -> int:
@@ -152,7 +155,7 @@ class Model:
         return self.layer.init(self._images(size), mode)
 
     def _images(self, size: int) -> Tensor:
-        return torch.empty(2, self.in_channels, size, size, device="meta")
+        return torch.empty(2, self.in_channels, size, size, dtype=torch.float32, device="meta")
 
     def _check_size(
         self, error: RuntimeError, found: tuple[int, ...], run: Callable[[int], object], larger: Iterable[int]
@@ -275,7 +278,7 @@ class Model:
 
     def _note(self, error: Exception, params: Tree, state: Tree, x: Tensor) -> None:
         """Note on an error that what went in does not fit, if so."""
-        if self.layer is not self.built:
+        if torch.compiler.is_compiling() or self.layer is not self.built:
             return
         try:
             self.check(params, state)
@@ -312,6 +315,10 @@ class Model:
         return found
 
 
+def _again(name: str, settings: dict[str, Any], changed: dict[str, Any]) -> Model:
+    return replace(create(name, **settings), **changed)
+
+
 def replace_head(model: Model, params: Tree, state: Tree, num_classes: int, key: Tensor) -> tuple[Model, Tree, Tree]:
     """The network with freshly drawn heads for another number of classes; all else is kept.
 
@@ -338,6 +345,7 @@ def replace_head(model: Model, params: Tree, state: Tree, num_classes: int, key:
         raise ValueError(f"{model.name!r} has a layer of its own: build it anew for {num_classes} classes")
     model.check(params, state)
     new = create(model.name, **{**model.settings, "num_classes": num_classes})
+    new = replace(new, loss=model.loss)
     fresh = new.init(key)
     like: Tensor = next(iter(tree.flatten(params).values()))
 

@@ -104,6 +104,10 @@ def make_private_step(
         total = {path: torch.zeros_like(leaf) for path, leaf in trained.items()}
         loss_sum, correct = torch.zeros((), device=count.device), torch.zeros_like(count)
         size = len(batch[1])
+        if len(batch[0]) != size:
+            raise ValueError(f"a batch has as many labels as images, found {size} and {len(batch[0])}")
+        if "average" in train_state.extra:
+            raise ValueError("a private step keeps no average: begin with TrainState.start(..., average=False)")
         for i, start in enumerate(range(0, size, microbatch or size or 1)):
             images, labels = (each[start : start + (microbatch or size)] for each in batch)
             found = clipped_gradient_sum(
@@ -120,7 +124,7 @@ def make_private_step(
             )
             total = {path: total[path] + part for path, part in tree.flatten(found.gradient).items()}
             logits = logits_of(found.outputs)
-            truth = labels if labels.ndim == 1 else labels.argmax(1)
+            truth = labels.argmax(1) if labels.ndim > 1 and labels.is_floating_point() else labels
             loss_sum, correct = loss_sum + found.losses.sum(), correct + (logits.argmax(1) == truth).sum()
         if noise:
             total = {path: part + noise * clip * _normal(noise_key, path, part) for path, part in total.items()}
@@ -187,11 +191,15 @@ def epsilon(noise: float, sampling_rate: float, steps: int, delta: float) -> flo
     _check(sampling_rate, steps, delta)
     if noise < 0:
         raise ValueError(f"noise must not be negative, found {noise}")
+    if math.isinf(noise):
+        return 0.0
     return _epsilon(_accounting(), noise, sampling_rate, steps, delta)
 
 
 def noise_for(epsilon: float, sampling_rate: float, steps: int, delta: float) -> float:
     """The least noise with which a training costs no more than ``epsilon``, to a thousandth and on the safe side.
+
+    None below a quarter: to work out what so little costs takes minutes and gigabytes.
 
     Args:
         epsilon: what may be spent.
@@ -206,8 +214,10 @@ def noise_for(epsilon: float, sampling_rate: float, steps: int, delta: float) ->
         noise_for(3.0, sampling_rate=1024 / 9000, steps=100, delta=1e-5)
     """
     _check(sampling_rate, steps, delta)
-    if not epsilon > 0:
-        raise ValueError(f"epsilon must be positive, found {epsilon}")
+    if not 0 < epsilon < math.inf:
+        raise ValueError(f"epsilon must be positive and finite, found {epsilon}")
+    if 1 - (1 - sampling_rate) ** steps <= delta:
+        return 0.0  # an image is not likelier to be used at all
     accounting = _accounting()
     # Its own search begins at no noise, around which a loss is costly to work out.
     upper = 1.0
@@ -215,6 +225,8 @@ def noise_for(epsilon: float, sampling_rate: float, steps: int, delta: float) ->
         upper *= 2
     while _epsilon(accounting, upper / 2, sampling_rate, steps, delta) <= epsilon:
         upper /= 2
+        if upper <= _LEAST_NOISE:
+            return upper
     found = accounting.calibrate_dp_mechanism(
         accounting.pld.PLDAccountant,
         lambda noise: _event(accounting, noise, sampling_rate, steps),
@@ -224,6 +236,9 @@ def noise_for(epsilon: float, sampling_rate: float, steps: int, delta: float) ->
         tol=1e-3,
     )
     return float(found)
+
+
+_LEAST_NOISE = 1 / 4
 
 
 def _check(sampling_rate: float, steps: int, delta: float) -> None:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from purecnn.eager import derivatives
+
 __all__ = ["rematerialize"]
 
 
@@ -76,7 +78,8 @@ class _Recompute(torch.autograd.Function):
 def rematerialize(function: Callable[..., tuple[Any, Any]], *args: Any) -> tuple[Any, Any]:
     """``function(*args)``, of which nothing but the arguments is kept for the backward pass.
 
-    The compiler has its own way to decide what is kept, so in compiled code this is the function itself.
+    The compiler has its own way to decide what is kept, and a forward derivative keeps nothing: there this is the
+    function itself.
 
     Args:
         function: gives an output, and something that no gradient flows through, such as running statistics.
@@ -90,7 +93,7 @@ def rematerialize(function: Callable[..., tuple[Any, Any]], *args: Any) -> tuple
     >>> bool((slope == torch.func.vmap(torch.func.grad(lambda x: function(x)[0]))(x)).all())
     True
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or derivatives().forward:
         return function(*args)
     leaves, structure = pytree.tree_flatten(args)
     run = _Run(function, structure)

@@ -131,7 +131,10 @@ def optimizer(
             new: dict[str, tuple[Tensor, ...]] = {}
             for path, grad, param, *others in zip(paths, *columns, strict=True):
                 strength, factor = of_path(path)
-                new[path] = formula(param, grad, others, Step(_scaled(rate, factor), time, strength))
+                old = param, *others
+                found = formula(param, grad, others, Step(_scaled(rate, factor), time, strength))
+                # A scalar parameter, unlike others, would take the type of the rate.
+                new[path] = tuple(after.to(before.dtype) for after, before in zip(found, old, strict=True))
             trees = [tree.unflatten({path: row[i] for path, row in new.items()}) for i in range(len(trees))]
         return trees[0], {"step": time, **dict(zip(moments, trees[1:], strict=True))}
 

@@ -226,6 +226,8 @@ def make_step(
         spare.clear()
         if scaled and "loss_scale" not in extra:
             raise ValueError("the loss has no scale yet: begin with TrainState.start(..., policy=policy)")
+        if average is None and "average" in extra:
+            raise ValueError("the train state keeps an average, which this step would leave behind: give average=")
         scale = extra["loss_scale"]["scale"] if scaled else None
         many = distributed.world_size() > 1
         part = distributed.share(len(batch[1]), count.device) if many else None
@@ -296,7 +298,7 @@ def _gradient(
             outputs, after = network(params, state, images, train=True, key=key, statistics=statistics, remat=remat)
             logits = logits_of(outputs)
             value = loss(outputs, labels)
-            truth = labels if labels.ndim == 1 else labels.argmax(1)
+            truth = labels.argmax(1) if labels.ndim > 1 and labels.is_floating_point() else labels
             return value if scale is None else value * scale, (after, (logits.argmax(1) == truth).sum(), value)
 
         inputs = images, labels, *trained.values(), *frozen.values(), *tree.flatten(state).values()
@@ -331,7 +333,7 @@ def _accumulated(
     total: _Leaves = {}
     loss = correct = torch.zeros((), device=count.device)
     for i, chunk in enumerate(chunks):
-        share = len(chunk[1]) / images
+        share = len(chunk[1]) / max(images, 1)
         counts = (count, torch.full_like(count, i))
         grads, state, metrics = run(trained, frozen, state, chunk, key, counts, scale)
         grads = {path: grad * share for path, grad in grads.items()}

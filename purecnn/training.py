@@ -72,20 +72,24 @@ def evaluate(
         policy: types of numbers.
 
     Raises:
-        ValueError: if there is no batch.
+        ValueError: if there is no batch, or a label is no class.
     """
     device = tree.device(params)
     network = model.apply if policy is None else lambda *args: policy.apply(model, *args)
     loss = model.loss or F.cross_entropy
     losses = [torch.zeros((), dtype=torch.float64, device=device)]
+    count = 0
     places = [torch.zeros((2, 0), dtype=torch.int64, device=device)]
     classes = 0
     with torch.no_grad():
         for images, labels in batches:
             images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            if labels.is_floating_point():
+                raise ValueError(f"to evaluate takes the index of each class, found labels of {labels.dtype}")
             logits, _ = network(params, state, images)
             losses.append(loss(logits, labels).double() * len(labels))
-            places.append(torch.stack([labels, logits.argmax(1)]))
+            count += len(labels)
+            places.append(torch.stack([labels, logits.argmax(1)]).flatten(1))
             classes = logits.shape[1]
     # In a process group there may be no picture for one of the processes, which then knows no number of classes.
     seen = distributed.total({"": torch.tensor([classes > 0, classes], dtype=torch.int64, device=device)})[""].tolist()
@@ -93,11 +97,14 @@ def evaluate(
         raise ValueError("there is no batch to evaluate")
     classes = seen[1] // seen[0]
     truth, found = torch.cat(places, 1)
+    if len(truth) and not 0 <= int(truth.min()) <= int(truth.max()) < classes:
+        raise ValueError(f"labels are indices of {classes} classes, found {int(truth.min())} to {int(truth.max())}")
     pairs = (truth * classes + found).bincount(minlength=classes**2)
-    sums = distributed.total({"loss": torch.stack(losses).sum(), "confusion": pairs})
+    images_seen = torch.tensor(count, device=device)
+    sums = distributed.total({"loss": torch.stack(losses).sum(), "confusion": pairs, "images": images_seen})
     confusion = sums["confusion"].cpu().reshape(classes, classes)
-    count = int(confusion.sum())
-    return Evaluation(float(sums["loss"]) / count, int(confusion.diagonal().sum()) / count, confusion)
+    accuracy = int(confusion.diagonal().sum()) / int(confusion.sum())
+    return Evaluation(float(sums["loss"]) / int(sums["images"]), accuracy, confusion)
 
 
 class Epoch(NamedTuple):

@@ -201,3 +201,9 @@ def test_influence_on_a_whole_network_with_damping() -> None:
     assert found.changes.argmax() == 0  # to leave an image out hurts itself most
     slope = jvp(measure, (params,), (found.solution.x,))[1]
     torch.testing.assert_close(found.changes[0], slope / 6)
+
+
+def test_small_vectors_are_no_zeros() -> None:
+    small = conjugate_gradient(lambda v: {"w": torch.tensor([1.0, 4.0]) * v["w"]}, {"w": torch.full((2,), 1e-25)})
+    torch.testing.assert_close(small.x["w"] * 1e25, torch.tensor([1.0, 0.25]))
+    assert small.converged

@@ -1,6 +1,7 @@
 """The registry, the settings, and the one anatomy of all networks."""
 
 import copy
+import dataclasses
 import json
 import pickle
 import re
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import purecnn
@@ -407,6 +409,26 @@ def test_models_go_through_pickle(name: str) -> None:
     again = pickle.loads(pickle.dumps(first))
     assert (again.settings, again.norm) == (first.settings, first.norm)
     assert tree.map(lambda leaf: leaf.shape, again.spec()[0]) == tree.map(lambda leaf: leaf.shape, first.spec()[0])
+
+
+def test_a_replaced_loss_goes_with_its_model() -> None:
+    model = dataclasses.replace(purecnn.create("lenet5"), loss=F.multi_margin_loss)
+    assert pickle.loads(pickle.dumps(model)).loss is F.multi_margin_loss
+    replaced, _, _ = purecnn.replace_head(model, *model.init(random.key(0)), 3, random.key(1))
+    assert (replaced.loss, replaced.num_classes) == (F.multi_margin_loss, 3)
+
+
+@each_family
+def test_torchs_default_type_changes_no_network(case: Case) -> None:
+    expected = case.model().spec()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = case.model().spec(), case.model().init(random.key(0))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for trees in found:
+        for before, after in zip(expected, trees, strict=True):
+            assert tree.map(lambda leaf: leaf.dtype, before) == tree.map(lambda leaf: leaf.dtype, after)
 
 
 def test_models_can_be_copied_and_looked_up() -> None:

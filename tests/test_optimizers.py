@@ -641,3 +641,13 @@ def test_gradients_of_another_type() -> None:
             for grad in (torch.ones(2, dtype=torch.bfloat16), torch.ones(2))
         )
         assert torch.equal(short, long)
+
+
+@pytest.mark.parametrize("rule", [sgd, adamw, rmsprop, lamb, lars])
+def test_a_scalar_parameter_keeps_its_type(rule: Any) -> None:
+    optimizer = rule(0.1)
+    params = {"factor": torch.tensor(2.0, requires_grad=True), "weight": torch.ones(3, requires_grad=True)}
+    grads, opt_state = tree.map(lambda leaf: leaf.detach() / 2, params), optimizer.init(params)
+    for _ in range(2):
+        params, opt_state = optimizer.update(grads, opt_state, params)
+    assert {leaf.dtype for leaf in params.values()} == {torch.float32}

@@ -328,3 +328,11 @@ def test_recipe_reads_idx_files(tmp_path: Path) -> None:
     assert images.shape == (18, 1, 32, 32)
     assert test_images.shape == (2, 1, 32, 32)
     assert sorted(torch.cat([labels, test_labels]).tolist()) == sorted([*range(10), *range(10)])
+
+
+def test_noise_where_hardly_any_is_needed(accountant: None) -> None:
+    assert noise_for(1.0, 1e-7, 1, 1e-5) == 0
+    assert noise_for(50.0, 1.0, 1, 1e-5) == 1 / 4
+    assert epsilon(math.inf, 0.1, 10, 1e-5) == 0
+    with pytest.raises(ValueError, match="epsilon must be positive and finite"):
+        noise_for(math.inf, 0.1, 10, 1e-5)

@@ -15,6 +15,7 @@ from purecnn.optimizers import adamw, sgd
 from purecnn.precision import POLICIES, Policy
 from purecnn.remat import rematerialize
 from purecnn.step import TrainState, make_step
+from purecnn.training import evaluate
 from tests import table
 from tests.test_training import CLASSES, FORKED, TINY, batch, close, equal, head, model_of, start
 
@@ -368,3 +369,34 @@ def test_augmentation_and_a_draw_at_the_root_are_different() -> None:
     step = make_step(TINY, sgd(0.1), augment=augmented)
     step(start(TINY, sgd(0.1)), batch(0), random.key(1))
     assert not torch.equal(keys[0], Mode(key=random.fold_in(random.key(1), 0)).draw_key())
+
+
+def test_an_average_is_not_left_behind() -> None:
+    optimizer = sgd(0.1)
+    before = start(TINY, optimizer, average=True)
+    with pytest.raises(ValueError, match="keeps an average, which this step would leave behind"):
+        make_step(TINY, optimizer)(before, batch(0), random.key(1))
+
+
+def test_an_empty_batch_in_parts_moves_nothing() -> None:
+    optimizer = sgd(0.1)
+    before = start(TINY, optimizer)
+    images, labels = batch(0)
+    after, metrics = make_step(TINY, optimizer, accumulate=2)(before, (images[:0], labels[:0]), random.key(1))
+    assert int(metrics.correct) == 0
+    tree.map(lambda x, y: torch.equal(x, y) or pytest.fail("moved"), after.params, before.params)
+
+
+def test_logits_of_pixels_are_counted_by_pixel() -> None:
+    layer = serial(stem=conv(8, 3, padding="same"), head=conv(4, 1, padding="same"))
+    model = purecnn.Model.of(layer, num_classes=4, image_size=8)
+    params, state = model.init(random.key(0))
+    images = random.normal(random.key(1), (3, 3, 8, 8))
+    labels = random.bits(random.key(2), (3, 8, 8)) % 4
+    optimizer = sgd(0.0)
+    _, metrics = make_step(model, optimizer)(TrainState.start(params, state, optimizer), (images, labels))
+    logits, _ = model.apply(params, state, images)
+    assert metrics.correct == (logits.argmax(1) == labels).sum()
+    found = evaluate(model, params, state, [(images, labels)])
+    assert found.accuracy == pytest.approx(int(metrics.correct) / labels.numel())
+    assert found.loss == pytest.approx(float(metrics.loss))

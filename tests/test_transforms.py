@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.func import grad, grad_and_value, jacrev, jvp, vjp, vmap
 
 import purecnn
@@ -223,6 +224,25 @@ def test_product_with_the_hessian_is_symmetric(setting: Setting, how: dict[str, 
     assert_close(dot(u, product(v)), dot(v, product(u)), rtol=1e-6)
     _, pull = vjp(grad(loss), variables)
     assert_close(dot(u, pull(v)[0]), dot(v, product(u)), rtol=1e-6)
+
+
+@TWO_MODES
+def test_tangents_of_forward_ad_and_gradients_of_a_forward_derivative(setting: Setting, how: dict[str, Any]) -> None:
+    """Torch has two ways to differentiate forward, and two to differentiate that; all agree."""
+    loss, variables = in_double(setting, drawing(setting, how))
+    direction = like(variables, 1)
+    expected = jvp(loss, (variables,), (direction,))[1]
+    with forward_ad.dual_level():
+        dual = tree.map(forward_ad.make_dual, variables, direction)
+        assert_close(forward_ad.unpack_dual(loss(dual)).tangent, expected)
+
+    def squared(variables: Tree) -> Tensor:
+        return jvp(loss, (variables,), (direction,))[1].square()
+
+    inner = grad(squared)(variables)
+    leaves = tree.map(lambda leaf: leaf.detach().requires_grad_(), variables)
+    found = torch.autograd.grad(squared(leaves), list(tree.flatten(leaves).values()), materialize_grads=True)
+    assert_close(dict(zip(tree.flatten(inner), found, strict=True)), tree.flatten(inner), rtol=1e-6)
 
 
 def test_jacobian_of_the_head(setting: Setting) -> None:

@@ -98,7 +98,8 @@ def squared_error(outputs: Tensor, labels: Tensor) -> Tensor:
     >>> squared_error(torch.tensor([[1.0, -1.0], [1.0, -1.0]]), torch.tensor([0, 1]))
     tensor(2.)
     """
-    hit = labels[..., None] == torch.arange(outputs.shape[-1], device=outputs.device)
+    shares = labels.ndim == outputs.ndim  # of mixed images
+    hit = labels if shares else labels[..., None] == torch.arange(outputs.shape[-1], device=outputs.device)
     return (outputs - (2 * hit.to(outputs.dtype) - 1)).square().mean()
 
 
