@@ -4,8 +4,10 @@ The two libraries are needed only to build their modules.
 """
 
 import json
+from collections.abc import Mapping
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from converters.families import BASIC, Pairs, under
 from converters.library import Family
@@ -295,6 +297,10 @@ def _cell(theirs: str, ours: str, current: str, previous: str) -> Pairs:
     return pairs
 
 
+_HALVING = ("stage1.1", "stage1.2", "stage2.1", "stage3.1")
+"""The cells of NASNet and PNASNet that halve what came before the last one."""
+
+
 def _halve(theirs: str, ours: str) -> Pairs:
     names = (("path1.conv", "conv.even"), ("path2.conv", "conv.odd"), ("bn", "norm"))
     return under(theirs, f"{ours}.previous", names)
@@ -310,9 +316,8 @@ def _nasnet_rules(model: Model) -> Rules:
         **{f"features.stage1.unit{b + 1}": f"stage1.{b + 2}" for b in range(depth)},
         **{f"features.stage{s}.unit{b + 1}": f"stage{s}.{b}" for s in (2, 3) for b in range(depth + 1)},
     }
-    halving = ("stage1.1", "stage1.2", "stage2.1", "stage3.1")
     for theirs, ours in units.items():
-        halves = ours in halving
+        halves = ours in _HALVING
         cell = _cell(theirs, ours, "conv1x1", "conv1x1_prev")
         pairs += [pair for pair in cell if not (halves and "_prev" in pair[0])]
         pairs += _halve(f"{theirs}.path", ours) if halves else []
@@ -350,9 +355,8 @@ def _pnasnet_rules(model: Model) -> Rules:
         **{f"features.stage1.unit{b + 1}": f"stage1.{b + 1}" for b in range(depth + 1)},
         **{f"features.stage{s}.unit{b + 1}": f"stage{s}.{b}" for s in (2, 3) for b in range(depth)},
     }
-    halving = ("stage1.1", "stage1.2", "stage2.1", "stage3.1")
     for theirs, ours in units.items():
-        halves = ours in halving
+        halves = ours in _HALVING
         cell = _cell(theirs, ours, "conv_1x1", "conv_prev_1x1")
         pairs += [pair for pair in cell if not (halves and "_prev" in pair[0])]
         pairs += _halve(f"{theirs}.conv_prev_1x1", ours) if halves else []
@@ -368,6 +372,75 @@ def _pnasnet(model: Model) -> nn.Module:
     module = pnasnet5large(in_channels=s["in_channels"], num_classes=s["num_classes"])
     module.output.dropout.p = s["dropout"]
     return any_size(module)
+
+
+def _timm_cells(stem: str, cells: Mapping[str, str], halving: str) -> Rules:
+    """timm's NASNet or PNASNet, with all that may be in a cell; ``halving`` begins the names of what halves."""
+    halve = [("path_1.conv", "conv.even"), ("path_2.conv", "conv.odd"), ("final_path_bn", "norm")]
+    separable = [
+        ("separable_{i}.depthwise_conv2d", "conv{i}.depthwise"),
+        ("separable_{i}.pointwise_conv2d", "conv{i}.pointwise"),
+        ("bn_sep_{i}", "norm{i}"),
+    ]
+    pairs = [*under(stem, "stem", BASIC), ("last_linear", "head.linear")]
+    pairs += under("cell_stem_0.comb_iter_0_right", "stage1.0.block1.right", BASIC)
+    for theirs, ours in cells.items():
+        pairs += under(f"{theirs}.conv_1x1", f"{ours}.current", BASIC)
+        if ours in _HALVING:
+            pairs += [(f"{theirs}.{halving}{left}", f"{ours}.previous.{right}") for left, right in halve]
+        else:
+            pairs += under(f"{theirs}.conv_prev_1x1", f"{ours}.previous", BASIC)
+        for side in ("left", "right"):
+            pairs += under(f"{theirs}.comb_iter_{{k}}_{side}", f"{ours}.block{{k+1}}.{side}", separable)
+        pairs += under(f"{theirs}.comb_iter_4_right", f"{ours}.block5.right", BASIC)
+    return Rules(*pairs)
+
+
+def _nasnet_timm_rules(model: Model) -> Rules:
+    """timm numbers the normal cells through, and the reductions by themselves."""
+    depth = model.settings["depth"]
+    cells = {"cell_stem_0": "stage1.0", "cell_stem_1": "stage1.1"}
+    cells |= {f"reduction_cell_{s}": f"stage{s + 2}.0" for s in range(2)}
+    cells |= {f"cell_{b}": f"stage{b // depth + 1}.{b % depth + (1 if b >= depth else 2)}" for b in range(3 * depth)}
+    return _timm_cells("conv0", cells, "")
+
+
+class _Mean3(nn.Module):
+    """3x3 with stride 2 and TensorFlow's padding, which does not count."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        odd = [size % 2 for size in x.shape[2:]]
+        return F.avg_pool2d(x, 3, 2, odd, ceil_mode=True, count_include_pad=False)
+
+
+def _nasnet_timm(model: Model) -> nn.Module:
+    """Where the image shrinks, timm counts the padding in means; TensorFlow, whose weights these are, does not."""
+    from timm.models.nasnet import NASNetALarge
+
+    s = model.settings
+    fixed(model, depth=6, skip_reduction=True)
+    module = NASNetALarge(
+        s["num_classes"], s["in_channels"], s["stem_width"], num_features=s["width"], drop_rate=s["dropout"]
+    )
+    for cell in (module.cell_stem_0, module.cell_stem_1, module.reduction_cell_0, module.reduction_cell_1):
+        cell.comb_iter_2_left = _Mean3()
+    return module
+
+
+def _pnasnet_timm_rules(model: Model) -> Rules:
+    """timm numbers the cells through, but for the first two."""
+    depth = model.settings["depth"]
+    cells = {"cell_stem_0": "stage1.0", "cell_stem_1": "stage1.1"}
+    cells |= {f"cell_{b}": f"stage{b // depth + 1}.{b % depth + (0 if b >= depth else 2)}" for b in range(3 * depth)}
+    return _timm_cells("conv_0", cells, "conv_prev_1x1.")
+
+
+def _pnasnet_timm(model: Model) -> nn.Module:
+    from timm.models.pnasnet import PNASNet5Large
+
+    s = model.settings
+    fixed(model, depth=4, width=4320, stem_width=96)
+    return PNASNet5Large(s["num_classes"], s["in_channels"], drop_rate=s["dropout"], pad_type="same")
 
 
 PYTORCHCV = {
@@ -387,5 +460,7 @@ TIMM = {
     "xception": Family(_xception_rules, _xception),
     "mobilenet_v1": Family(_mobilenet_v1_timm_rules, _mobilenet_v1_timm),
     "mnasnet_a1": Family(_mnasnet_a1_rules, _mnasnet_a1),
+    "nasnet_a_large": Family(_nasnet_timm_rules, _nasnet_timm),
+    "pnasnet5_large": Family(_pnasnet_timm_rules, _pnasnet_timm),
 }
 """By the name of the model."""

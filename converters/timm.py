@@ -28,7 +28,7 @@ NAMES = {
     "nasnet_a_large": "nasnetalarge.tf_in1k",
     "pnasnet5_large": "pnasnet5large.tf_in1k",
 }
-"""Ours, and timm's names of the published weights that fit."""
+"""Ours, and timm's names of the published weights that fit; those of MobileNet v1 go with ReLU6."""
 
 LIBRARY = Library("timm", lambda model: FAMILIES.get(model.name))
 

@@ -14,6 +14,9 @@ from tests.table import TABLE, assert_close, differences, drawn_state_dict, head
 LIBRARIES = {"pytorchcv": pytorchcv.LIBRARY, "timm": timm.LIBRARY}
 PAIRS = [("pytorchcv", name) for name in pytorchcv.FAMILIES] + [("timm", name) for name in timm.FAMILIES]
 
+SMALL = {("timm", "nasnet_a_large"), ("timm", "pnasnet5_large")}
+"""Large networks, which pytorchcv's are compared with at the published size of images."""
+
 
 @pytest.mark.parametrize(("library", "name"), PAIRS)
 def test_model_equals_the_library_s(library: str, name: str) -> None:
@@ -31,7 +34,8 @@ def test_model_equals_the_library_s(library: str, name: str) -> None:
             layer.p = 0.0
 
     # Some pool the published size of images alone.
-    x = random.normal(random.key(1), (2, model.in_channels, model.image_size, model.image_size))
+    size = 96 if (library, name) in SMALL else model.image_size
+    x = random.normal(random.key(1), (2, model.in_channels, size, size))
     if name != "cbam_resnet50":  # its perceptron sees means and maxima at once: another order of sums, other maxima
         with torch.no_grad():
             assert_close(model.apply(params, state, x)[0], module.eval()(x), rtol=1e-5, atol=0)
@@ -67,6 +71,19 @@ def test_timm_has_some_of_torchvisions_names(name: str) -> None:
     x = random.normal(random.key(1), (2, 3, 224, 224))
     with torch.no_grad():
         assert torch.equal(model.apply(params, state, x)[0], module.eval()(x))
+
+
+@pytest.mark.parametrize("name", timm.NAMES)
+def test_functions_of_timms_published_weights(name: str) -> None:
+    peer = pytest.importorskip("timm", reason="timm is not installed: nox -s peers has it")
+    assert peer.is_model_pretrained(timm.NAMES[name])
+    model, module = purecnn.create(name), peer.create_model(timm.NAMES[name])
+    module.load_state_dict(drawn_state_dict(module))
+    params, state = timm.from_state_dict(model, module.state_dict())
+    x = random.normal(random.key(1), (1, 3, 96, 96))
+    bound = 0.1 if name == "nasnet_a_large" else 1e-6  # timm's means count the padding where the image shrinks
+    with torch.no_grad():
+        assert_close(model.apply(params, state, x)[0], module.eval()(x), rtol=bound, atol=0)
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
