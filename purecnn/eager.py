@@ -18,14 +18,9 @@ def is_transformed(*tensors: Tensor) -> bool:
         torch.compiler.is_compiling()
         or torch._C._get_dispatch_mode(_TRACER) is not None
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or _is_dual()
+        or forward_ad._current_level >= 0  # a dual level, where tensors may carry tangents
         or (torch.is_grad_enabled() and any(map(_REQUIRES_GRAD, tensors)))
     )
-
-
-def _is_dual() -> bool:
-    """Whether tensors may carry tangents: within ``torch.autograd.forward_ad.dual_level``, as ``torch.func.jvp`` is."""
-    return forward_ad._current_level >= 0
 
 
 def is_mapped() -> bool:
@@ -59,12 +54,17 @@ def derivatives() -> Derivatives:
 
 
 def _derivatives(kinds: list[TransformType]) -> Derivatives:
-    return Derivatives(kinds.count(TransformType.Grad), max(kinds.count(TransformType.Jvp), int(_is_dual())))
+    # Within torch.func.jvp there is a dual level, too.
+    dual = int(forward_ad._current_level >= 0)
+    return Derivatives(kinds.count(TransformType.Grad), max(kinds.count(TransformType.Jvp), dual))
 
 
 def is_mapped_or_nested() -> bool:
     """Whether a ``vmap`` is active, or one differentiation within another; asked once, which costs half."""
     if torch.compiler.is_compiling():
         return True
-    kinds = [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
+    stack = torch._C._functorch.get_interpreter_stack()
+    if not stack and forward_ad._current_level < 0:  # as most often
+        return False
+    kinds = [level.key() for level in stack or ()]
     return TransformType.Vmap in kinds or _derivatives(kinds).nested
