@@ -24,6 +24,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     It lies beside ``path``, in a hidden folder of its own, with whatever its writer puts beside it in turn. What a
     process leaves that is killed in the block goes when the same machine writes to ``path`` again.
 
+    Raises:
+        IsADirectoryError: if ``path`` is a folder.
+
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
     >>> with replacing(folder / "greeting") as file:

@@ -179,7 +179,7 @@ def named(name: str, layer: Layer) -> Layer:
     if not name or "." in name:
         raise ValueError(f"a layer's name must be non-empty and without dots, found {name!r}")
     is_list = any(child.isdigit() for child in layer.names)
-    knows = layer.names.issuperset
+    names = layer.names
 
     def init(x: Any, mode: Mode) -> tuple[Tree, Tree, Any]:
         try:
@@ -194,7 +194,7 @@ def named(name: str, layer: Layer) -> Layer:
         before = state.get(name, _EMPTY)
         inner = mode.enter(name)
         try:
-            if not knows(own) and mode.around is None:
+            if not own.keys() <= names and mode.around is None:
                 _check_known(layer, own)
             if mode.remat and not is_list:
                 y, after = _rematerialized(layer, own, before, x, inner)
