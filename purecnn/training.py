@@ -226,7 +226,8 @@ def fit(
             tensors are overwritten by the next step. If it returns True, the training stops there.
         on_epoch: called as ``on_epoch(row, train_state)`` after each epoch. The train state may be kept.
         settings: others of `make_step`: ``statistics``, ``loss``, ``label_smoothing``, ``aux_weight``,
-            ``accumulate``, ``remat``, ``augment``, ``compile``.
+            ``accumulate``, ``remat``, ``augment``, ``compile``. A ``loss`` is the steps' alone: evaluations are by the
+            model's, ``dataclasses.replace(model, loss=...)``, else by cross-entropy.
 
     Raises:
         DivergedError: if a loss is infinite or not a number.
