@@ -133,7 +133,7 @@ def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
     return _pair(*_threefry(key, count))
 
 
-def bits(key: Tensor, shape: Sequence[int]) -> Tensor:
+def bits(key: Tensor, shape: Sequence[int] = ()) -> Tensor:
     """Draws words of 32 random bits, as int64 values in ``[0, 2**32)``.
 
     Raises:
@@ -148,7 +148,7 @@ def bits(key: Tensor, shape: Sequence[int]) -> Tensor:
 
 def uniform(
     key: Tensor,
-    shape: Sequence[int],
+    shape: Sequence[int] = (),
     dtype: torch.dtype = torch.float32,
     minval: float = 0.0,
     maxval: float = 1.0,
@@ -181,7 +181,7 @@ def uniform(
 
 def normal(
     key: Tensor,
-    shape: Sequence[int],
+    shape: Sequence[int] = (),
     dtype: torch.dtype = torch.float32,
     mean: float = 0.0,
     std: float = 1.0,
@@ -255,7 +255,7 @@ def truncated_normal(
     return _floats(key, shape, dtype, low, high, lambda u: (u.erfinv() * math.sqrt(2)).clamp(first, last))
 
 
-def bernoulli(key: Tensor, p: float | Tensor, shape: Sequence[int]) -> Tensor:
+def bernoulli(key: Tensor, p: float | Tensor = 0.5, shape: Sequence[int] = ()) -> Tensor:
     """Draws booleans which are True with probability ``p``: ``uniform(key, shape) < p``.
 
     Args:

@@ -99,6 +99,8 @@ def test_equals_jax(jax: Any, seed: int) -> None:
     assert random.split(ours, 5).tolist() == words(jax.random.split(theirs, 5))
     for data in (0, 1, 2**32 - 1):
         assert random.fold_in(ours, data).tolist() == words(jax.random.fold_in(theirs, data))
+    for name in ("bits", "uniform", "bernoulli"):  # a single one, without more words
+        assert getattr(random, name)(ours).tolist() == getattr(jax.random, name)(theirs).tolist()
     shape = (7, 11, 1000)
     assert random.bits(ours, shape).tolist() == jax.random.bits(theirs, shape).tolist()
     assert random.uniform(ours, shape).tolist() == jax.random.uniform(theirs, shape).tolist()
