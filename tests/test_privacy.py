@@ -336,3 +336,14 @@ def test_noise_where_hardly_any_is_needed(accountant: None) -> None:
     assert epsilon(math.inf, 0.1, 10, 1e-5) == 0
     with pytest.raises(ValueError, match="epsilon must be positive and finite"):
         noise_for(math.inf, 0.1, 10, 1e-5)
+
+
+def test_a_private_batch_has_as_many_labels_as_images_and_no_average() -> None:
+    model = purecnn.create("lenet5")
+    params, state = model.init(random.key(0))
+    step = make_private_step(model, sgd(0.1), clip=1.0, noise=0.0, expected_batch=4)
+    images, labels = torch.zeros(6, 1, 32, 32), torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(ValueError, match="as many labels as images, found 4 and 6"):
+        step(TrainState.start(params, state, sgd(0.1)), (images, labels), random.key(1))
+    with pytest.raises(ValueError, match="keeps no average"):
+        step(TrainState.start(params, state, sgd(0.1), average=True), (images[:4], labels), random.key(1))

@@ -16,6 +16,7 @@ from purecnn.precision import POLICIES, Policy
 from purecnn.remat import rematerialize
 from purecnn.step import TrainState, make_step
 from purecnn.training import evaluate
+from purecnn.zoo.lecun1989 import squared_error
 from tests import table
 from tests.test_training import CLASSES, FORKED, TINY, batch, close, equal, head, model_of, start
 
@@ -400,3 +401,25 @@ def test_logits_of_pixels_are_counted_by_pixel() -> None:
     found = evaluate(model, params, state, [(images, labels)])
     assert found.accuracy == pytest.approx(int(metrics.correct) / labels.numel())
     assert found.loss == pytest.approx(float(metrics.loss))
+
+
+def test_the_loss_of_1989_takes_shares() -> None:
+    outputs = random.normal(random.key(0), (10, 10))  # as many images as classes
+    labels = torch.arange(10) % 3
+    shares = F.one_hot(labels, 10).float()
+    assert torch.equal(squared_error(outputs, shares), squared_error(outputs, labels))
+
+
+def test_recomputing_has_forward_derivatives() -> None:
+    params, state = TINY.init(random.key(0))
+    images, _ = batch(0)
+
+    def run(x: Tensor, remat: bool) -> Tensor:
+        logits: Tensor = TINY.apply(params, state, x, train=True, key=random.key(1), remat=remat)[0]
+        return logits
+
+    expected, found = (
+        torch.func.jvp(lambda x, remat=remat: run(x, remat), (images,), (torch.ones_like(images),))[1]
+        for remat in (False, True)
+    )
+    assert torch.equal(found, expected)
