@@ -50,8 +50,9 @@ def pretrained(model: Model, weights: str | None = None) -> tuple[Tree, Tree]:
     """
     import timm
 
-    if not LIBRARY.has(model) or (name := weights or NAMES.get(model.name)) is None:
-        raise ConversionError(f"timm publishes no weights of {model.name}; it does of {', '.join(NAMES)}")
+    if not LIBRARY.has(model) or model.name not in NAMES:
+        raise ConversionError(f"timm publishes no weights that fit {model.name}; it does of {', '.join(NAMES)}")
+    name = weights or NAMES[model.name]
     try:
         module = timm.create_model(name, pretrained=True)
     except (OSError, RuntimeError) as error:

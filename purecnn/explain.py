@@ -7,6 +7,7 @@ All run the network in evaluation mode, where no image of a batch knows of the o
 the batch's logits gives the gradient of each image. What is explained is the logit of a class, before the softmax.
 """
 
+import operator
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
@@ -220,7 +221,8 @@ def _classes(model: Model, params: Tree, state: Tree, x: Tensor, target: Target)
     """The class of each image: (batch,)."""
     if target is None:
         return model.apply(params, state, x)[0].argmax(1)
-    if isinstance(target, int):
+    if not isinstance(target, Tensor):
+        target = operator.index(target)
         if not 0 <= target < model.num_classes:
             raise ValueError(f"target is a class from 0 to {model.num_classes - 1}, found {target}")
         return torch.full((len(x),), target, device=x.device)

@@ -296,6 +296,8 @@ def numbered(*layers: Layer) -> Layer:
 
 def _parallel(join: Callable[[list[Any]], Any], layers: tuple[Layer, ...], keyword: Mapping[str, Layer]) -> Layer:
     children, names = _children(layers, keyword)
+    if not children:
+        raise ValueError("there are no layers whose outputs could be joined")
     applies = [child.apply for child in children]
 
     def init(x: Any, mode: Mode) -> tuple[Tree, Tree, Any]:
@@ -324,7 +326,7 @@ def add(*layers: Layer, **named_layers: Layer) -> Layer:
     The outputs have the same shape. He et al. 2015, arXiv:1512.03385, figure 2.
 
     Raises:
-        ValueError: as from `serial`.
+        ValueError: as from `serial`, or if there are no layers.
 
     >>> from purecnn.layers import identity, stateless
     >>> add(identity, stateless(torch.square)).apply({}, {}, torch.tensor([3.0]), Mode())[0]
@@ -339,7 +341,7 @@ def multiply(*layers: Layer, **named_layers: Layer) -> Layer:
     The outputs have shapes that broadcast. Hu et al. 2017, arXiv:1709.01507, figure 1.
 
     Raises:
-        ValueError: as from `serial`.
+        ValueError: as from `serial`, or if there are no layers.
 
     >>> from purecnn.layers import identity, stateless
     >>> multiply(identity, stateless(torch.square)).apply({}, {}, torch.tensor([3.0]), Mode())[0]
@@ -355,7 +357,7 @@ def concat(*layers: Layer, **named_layers: Layer) -> Layer:
     figure 2; Huang et al. 2016, arXiv:1608.06993, figure 1.
 
     Raises:
-        ValueError: as from `serial`.
+        ValueError: as from `serial`, or if there are no layers.
 
     >>> from purecnn.layers import identity, stateless
     >>> concat(identity, stateless(torch.square)).apply({}, {}, torch.tensor([[3.0]]), Mode())[0]

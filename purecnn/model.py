@@ -5,6 +5,7 @@ import difflib
 import fnmatch
 import functools
 import inspect
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
@@ -78,6 +79,7 @@ class Model:
         >>> params, state = Model.of(layer, num_classes=10, image_size=32).init(purecnn.random.key(0))
         """
         paper = Paper(name, "", 0, "")
+        num_classes = _count("num_classes", num_classes)
         settings = MappingProxyType({"num_classes": num_classes})
         model = cls(name, layer, settings, paper, in_channels, image_size, norm, loss)
         shape = logits_of(model._init(Mode(train=True, batch_statistics=True, norm=norm))[2]).shape
@@ -401,23 +403,34 @@ def create(
     image_size = variant.image_size if image_size is None else image_size
     # As tuples, also what comes out of a file.
     own = {setting: _fixed(value) for setting, value in bound.arguments.items()}
-    chosen = {**own, "in_channels": in_channels, "image_size": image_size, "norm": norm}
-    for setting in ("num_classes", "in_channels", "image_size"):
-        if not isinstance(count := chosen[setting], int) or count < 1:
-            raise ValueError(f"{setting} of {name} is a whole number of at least 1, found {count!r}")
+    counts = {"num_classes": own["num_classes"], "in_channels": in_channels, "image_size": image_size}
+    counts = {setting: _count(f"{setting} of {name}", value) for setting, value in counts.items()}
+    own["num_classes"] = counts["num_classes"]
+    chosen = {**own, **counts, "norm": norm}
     layer = variant.build(**own)
     return Model(
         name,
         layer,
         MappingProxyType(chosen),
         variant.paper,
-        in_channels,
-        image_size,
+        counts["in_channels"],
+        counts["image_size"],
         norm,
         variant.loss,
         variant.pixels,
         layer,
     )
+
+
+def _count(what: str, value: Any) -> int:
+    """A positive whole number, NumPy's as well."""
+    try:
+        count = operator.index(value)
+    except TypeError:
+        count = 0
+    if count < 1 or isinstance(value, bool):
+        raise ValueError(f"{what} is a whole number of at least 1, found {value!r}")
+    return count
 
 
 def _fixed(value: Any) -> Any:

@@ -246,7 +246,8 @@ def make_step(
             grads, differs, metrics = _joined(grads, differs, metrics, part)
             after = differs or after
 
-        before = params
+        # The tree's order, in which the updated parameters are put together again.
+        order = tree.flatten(params) if frozen else trained
         finite = None
         if not scaled:
             updated, opt_state = optimizer.update(grads, opt_state, trained, donate=donate)
@@ -257,8 +258,7 @@ def make_step(
             extra = {**extra, "loss_scale": scaling}
         if donate and count.is_cpu and not is_transformed():
             spare[:] = grads.values()
-        # In the order of the tree that came in.
-        params = tree.unflatten({**tree.flatten(before), **tree.flatten(updated)})
+        params = tree.unflatten({**order, **tree.flatten(updated)})
         if average is not None:
             extra = {**extra, "average": _averaged(extra, params, after, average, count, finite)}
         return TrainState(params, after, opt_state, count + 1, extra), metrics

@@ -241,6 +241,12 @@ def test_two_unnamed_random_layers(combine: Callable[..., Layer]) -> None:
     combine(dropout(0.1), other=dropout(0.1))
 
 
+@pytest.mark.parametrize("combine", [add, multiply, concat])
+def test_nothing_cannot_be_joined(combine: Callable[..., Layer]) -> None:
+    with pytest.raises(ValueError, match="no layers whose outputs"):
+        combine()
+
+
 def test_fork_whose_head_and_trunk_have_one_name() -> None:
     with pytest.raises(ValueError, match=r"two layers use \['head'\]"):
         fork(serial(head=conv(2, 1)), head=conv(2, 1))

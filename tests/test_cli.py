@@ -296,6 +296,7 @@ def test_failures(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch:
         (["evaluate", "good.safetensors", "--data", "digits"], "classes"),
         (["train", "squeezenet1_1", "--from", "good.safetensors"], "a checkpoint of lenet5, not of squeezenet1_1"),
         (["train", "squeezenet1_1", "--data", "pictures"], "notes.txt"),
+        (["train", "lecun1989", "--data", "digits", "--mixup", "0.2"], "lecun1989 has a loss of its own"),
         (["train", "resnet18", "--data", "digits", "--image-size", "8", "--lr", "1e30", "--epochs", "1"], "loss is"),
         (
             ["train", "squeezenet1_1", "--image-size", "8"],
@@ -306,6 +307,21 @@ def test_failures(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch:
     ]:
         code, error = fails(capsys, monkeypatch, *words)
         assert (code, message in error) == (1, True), f"{words}: {error}"
+
+
+def test_what_is_written_may_be_a_folder_and_names_may_look_like_markup(folder: Path) -> None:
+    model = purecnn.create("lenet5", num_classes=2, in_channels=1)
+    seen = data.Preprocessing(size=32, channels=1, resize=32, mean=(0.0,), std=(1.0,))
+    names = ["[bold]", "[/red]"]
+    checkpoint.save("c.safetensors", model, *model.init(random.key(0)), preprocessing=seen, classes=names)
+    (folder / "[red]").mkdir()
+    Image.new("L", (32, 32)).save(folder / "[red]" / "x.png")
+    result = call("predict", "[red]/x.png", "--from", "c.safetensors", "--out", "[red]")
+    assert result.exit_code == 0, result.output
+    assert all(name in result.output for name in ("[red]/x.png", "[bold]", "[/red]"))
+    result = call("explain", "[red]/x.png", "--from", "c.safetensors", "--method", "input", "--out", "[red]")
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in (folder / "[red]").iterdir()} == {"x.png", "x-prediction.png", "explanation.png"}
 
 
 def test_a_batch_of_one_picture_is_refused_at_once_where_a_network_cannot_have_it(

@@ -317,6 +317,12 @@ def test_picture_of_maps_of_any_size(tmp_path: Path) -> None:
         pictures.explanations([(wide, "", {"x": np.zeros(3)})], path)
 
 
+def test_a_target_may_be_numpys() -> None:
+    model = purecnn.create("lenet5")
+    inputs = (model, *model.init(random.key(0)), random.normal(random.key(1), (2, 1, 32, 32)))
+    assert torch.equal(input_gradient(*inputs, np.int64(3)), input_gradient(*inputs, 3))
+
+
 @pytest.mark.parametrize("target", [-1, 10])
 def test_there_is_no_such_class(target: int) -> None:
     model = purecnn.create("lenet5")

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -553,10 +554,19 @@ def test_a_tap_that_fails_is_no_matter_of_the_trees() -> None:
     assert [note.startswith("in layer") for note in caught.value.__notes__] == [True]
 
 
-@pytest.mark.parametrize("settings", [{"num_classes": 0}, {"num_classes": 2.0}, {"in_channels": 0}])
+@pytest.mark.parametrize(
+    "settings", [{"num_classes": 0}, {"num_classes": 2.0}, {"num_classes": True}, {"in_channels": 0}]
+)
 def test_counts_are_positive_whole_numbers(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="of resnet18 is a whole number of at least 1"):
         purecnn.create("resnet18", **settings)
+
+
+def test_counts_of_numpy_become_pythons() -> None:
+    model = purecnn.create("lenet5", num_classes=np.int64(7), image_size=np.int32(28))
+    assert [type(model.settings[name]) for name in ("num_classes", "image_size")] == [int, int]
+    assert model.init(random.key(0))[0]["head"]["linear"]["bias"].shape == (7,)
+    assert purecnn.replace_head(model, *model.init(random.key(0)), np.int64(3), random.key(1))[0].num_classes == 3
 
 
 def test_logits_are_what_a_model_gives() -> None:

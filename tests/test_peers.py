@@ -81,7 +81,7 @@ def test_functions_of_timms_published_weights(name: str) -> None:
     module.load_state_dict(drawn_state_dict(module))
     params, state = timm.from_state_dict(model, module.state_dict())
     x = random.normal(random.key(1), (1, 3, 96, 96))
-    bound = 0.1 if name == "nasnet_a_large" else 1e-6  # timm's means count the padding where the image shrinks
+    bound = 0.03 if name == "nasnet_a_large" else 1e-6  # timm's means count the padding where the image shrinks
     with torch.no_grad():
         assert_close(model.apply(params, state, x)[0], module.eval()(x), rtol=bound, atol=0)
 
