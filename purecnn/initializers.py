@@ -77,7 +77,9 @@ def constant(value: float) -> Initializer:
 
 
 zeros: Initializer = constant(0.0)
+"""Every element is 0."""
 ones: Initializer = constant(1.0)
+"""Every element is 1."""
 
 
 def normal(std: float, mean: float = 0.0) -> Initializer:

@@ -141,12 +141,19 @@ def stateless(function: Callable[[Any], Any], *, keeps_shape: bool = False) -> L
 
 
 identity = stateless(lambda x: x)
+"""Its input, ``f(x) = x``."""
 relu = stateless(torch.relu, keeps_shape=True)
+"""``max(x, 0)`` (Nair and Hinton 2010)."""
 relu6 = stateless(F.relu6, keeps_shape=True)
+"""``min(max(x, 0), 6)`` (Krizhevsky 2010, Convolutional deep belief networks on CIFAR-10)."""
 sigmoid = stateless(torch.sigmoid, keeps_shape=True)
+"""``1 / (1 + exp(-x))``."""
 silu = stateless(F.silu, keeps_shape=True)
+"""``x * sigmoid(x)`` (Elfwing et al. 2017, arXiv:1702.03118), also called swish."""
 gelu = stateless(F.gelu, keeps_shape=True)
+"""``x * Phi(x)``, exact, with the normal distribution's ``Phi`` (Hendrycks and Gimpel 2016, arXiv:1606.08415)."""
 hardswish = stateless(F.hardswish, keeps_shape=True)
+"""``x * relu6(x + 3) / 6`` (Howard et al. 2019, arXiv:1905.02244, section 5.2)."""
 
 
 def _bias(bias: bool, features: int, fan_in: int, init: Initializer | float | None) -> dict[str, Leaf]:
@@ -245,6 +252,7 @@ def _hardsigmoid(x: Tensor) -> Tensor:
 
 
 hardsigmoid = stateless(_hardsigmoid, keeps_shape=True)
+"""``relu6(x + 3) / 6``, with derivatives of every order (Howard et al. 2019, arXiv:1905.02244)."""
 
 
 def _affine(shape: tuple[int, ...], scale: bool = True) -> dict[str, Leaf]:
@@ -535,6 +543,10 @@ def adaptive_avg_pool(size: int) -> Layer:
 
 
 channels_last = stateless(lambda x: rearrange(x, "b c h w -> b h w c"))
+"""``(b, c, h, w) -> (b, h, w, c)``."""
 channels_first = stateless(lambda x: rearrange(x, "b h w c -> b c h w"))
+"""``(b, h, w, c) -> (b, c, h, w)``."""
 flatten = stateless(lambda x: rearrange(x, "b c h w -> b (c h w)"))
+"""All values of an image in one row: ``(b, c, h, w) -> (b, c h w)``."""
 global_avg_pool = stateless(lambda x: reduce(x, "b c h w -> b c", "mean"))
+"""The mean of each channel, ``(b, c, h, w) -> (b, c)`` (Lin et al. 2013, arXiv:1312.4400, section 3.2)."""

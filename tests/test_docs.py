@@ -10,6 +10,7 @@ import doctest
 import importlib
 import pkgutil
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -69,6 +70,13 @@ def test_page(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
                 if command.startswith("purecnn "):
                     result = CliRunner().invoke(app, shlex.split(command, comments=True)[1:], catch_exceptions=False)
                     assert result.exit_code == 0, f"{page.name}, line {line}: {command}\n{result.output}"
+
+
+def test_the_reference_says_what_the_docstrings_say() -> None:
+    """Else run ``python docs/make_reference.py``."""
+    page = runpy.run_path(str(ROOT / "docs" / "make_reference.py"))["page"]()
+    assert (ROOT / "docs" / "reference.md").read_text() == page
+    assert "|  |" not in page  # each has a docstring
 
 
 def test_readme_has_the_test_command() -> None:
