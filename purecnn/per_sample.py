@@ -14,28 +14,25 @@ The clipped sum is then an ordinary weight gradient with ``signal`` scaled for e
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, TypeAlias
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from purecnn import random, tree
-from purecnn.eager import is_transformed
-from purecnn.layer import Layer, Mode, logits_of
-from purecnn.layers import Convolution, Linear, Normalization
+from purecnn.layer import logits_of
+from purecnn.layers import Convolution, Linear
 from purecnn.model import Model
 from purecnn.paper import Loss
+from purecnn.record import Recorded, Statistics, Use, conv_weight, operands, record, rows
 from purecnn.step import Batch, Trainable, loss_function, partition
 from purecnn.tree import Tree
 
 __all__ = ["Clipped", "clipped_gradient_sum", "per_sample_gradients", "per_sample_norms"]
 
-Statistics: TypeAlias = Literal["batch", "running"] | None
 _Leaves: TypeAlias = dict[str, Tensor]
 
 # A number of a weight's gradient that goes to memory and comes back takes the time of about so many multiplications,
@@ -237,9 +234,10 @@ def clipped_gradient_sum(
         nothing = tree.map(torch.zeros_like, tree.unflatten(partition(params, trainable)[0]))
         outputs, _ = model.apply(params, state, batch[0], train=train, key=key, statistics=statistics)
         return Clipped(nothing, logits_of(outputs).new_zeros(0), logits_of(outputs).new_zeros(0), outputs)
-    traced = _trace(model, params, state, batch, train, key, statistics, loss, trainable)
-    norms = traced.norms()
-    return Clipped(traced.weighted_sum((clip / norms).clamp(max=1)), norms, traced.losses, traced.outputs)
+    recorded = record(model, params, state, batch, train, key, statistics, loss, trainable)
+    found = _gradients(recorded)
+    norms = found.norms()
+    return Clipped(found.weighted_sum((clip / norms).clamp(max=1)), norms, recorded.losses, recorded.outputs)
 
 
 def per_sample_norms(
@@ -271,46 +269,21 @@ def per_sample_norms(
     _check(state, train, statistics)
     if not len(batch[0]):
         return next(iter(partition(params, trainable)[0].values())).new_zeros(0)
-    return _trace(model, params, state, batch, train, key, statistics, loss, trainable).norms()
+    recorded = record(model, params, state, batch, train, key, statistics, loss, trainable)
+    return _gradients(recorded).norms()
 
 
-class _Use(NamedTuple):
-    """One run of a layer that is trained."""
+class _Gradients(NamedTuple):
+    """Of single images, made or not."""
 
-    layer: Layer
-    mode: Mode
-    paths: dict[str, str]
-    """Where in the whole tree its parameters are, by name. A layer may borrow those of another."""
-    names: tuple[str, ...]
-    """Of what is trained."""
-    x: Tensor
-    y: Tensor
-    """Its output; and later what flows back to it."""
-
-
-# By names, because the compiler cannot subscript types in functions inside of functions.
-_Tensors: TypeAlias = list[Tensor]
-_Uses: TypeAlias = list[_Use]
-_Ran: TypeAlias = tuple[Any, list[_Use]]
-_After: TypeAlias = tuple[Any, Tree]
-_Objective: TypeAlias = tuple[Tensor, tuple[list[Tensor], Tensor, Any]]
-_Hook: TypeAlias = Callable[[Tree, tuple[str, ...], int], tuple[Tree, Tensor | None]]
-"""``hook(params, names, number) -> (params, shift)``: what a layer is to read, and what is added to its output."""
-
-
-class _Traced(NamedTuple):
-    """One pass forward and backward."""
-
-    trained: _Leaves
+    recorded: Recorded
     direct: _Leaves
-    """Gradients of single images, by path: (batch, ...)."""
-    ghosts: dict[str, tuple[_Use, Tensor]]
+    """Those that were made, by path: (batch, ...)."""
+    ghosts: dict[str, tuple[Use, Tensor]]
     """Weights whose gradients were not made, by path: the run of the layer, and the weight."""
-    losses: Tensor
-    outputs: Any
 
     def norms(self) -> Tensor:
-        squares = torch.zeros_like(self.losses)
+        squares = torch.zeros_like(self.recorded.losses)
         for gradient in self.direct.values():
             squares = squares + torch.linalg.vector_norm(gradient.flatten(1), dim=1).square()
         for use, weight in self.ghosts.values():
@@ -326,218 +299,53 @@ class _Traced(NamedTuple):
                 return _weight_sum(use, weight, scale)
             return torch.zeros_like(leaf)
 
-        return tree.unflatten({path: total(path, leaf) for path, leaf in self.trained.items()})
+        return tree.unflatten({path: total(path, leaf) for path, leaf in self.recorded.trained.items()})
 
 
-def _trace(
-    model: Model,
-    params: Tree,
-    state: Tree,
-    batch: Batch,
-    train: bool,
-    key: Tensor | None,
-    statistics: Statistics,
-    loss: Loss | None,
-    trainable: Trainable | None,
-) -> _Traced:
-    images, labels = batch
-    trained, frozen = partition(params, trainable)
-    criterion = loss or model.loss or loss_function
-
-    def forward(params: Tree, state: Tree, images: Tensor, key: Any, hook: _Hook) -> _Ran:
-        uses: _Uses = []
-        leaves = tree.flatten(params)
-
-        def place(name: str, leaf: Tensor, path: str) -> str:
-            """Where in the whole tree a layer's parameter is: at the layer's path, or where it is borrowed from."""
-            own = f"{path}.{name}" if path else name
-            if leaves.get(own) is leaf:
-                return own
-            for other, each in leaves.items():
-                if each is leaf:
-                    return other
-            raise ValueError(f"the layer {path!r} computes with other parameters than those of the tree")
-
-        def around(layer: Layer, params: Tree, state: Tree, x: Any, mode: Mode) -> _After:
-            paths = {name: place(name, leaf, mode.path) for name, leaf in params.items() if name in layer.names}
-            names = tuple(name for name, path in paths.items() if path in trained)
-            if not names:
-                return layer.apply(params, state, x, mode)
-            params, shift = hook(params, names, len(uses))
-            y, state = layer.apply(params, state, x, mode)
-            if not len(x) == len(y) == len(images):
-                raise ValueError(
-                    f"the layer {mode.path!r} turns {tuple(x.shape)} into {tuple(y.shape)}, but the first axis must be "
-                    f"the batch of {len(images)} images"
-                )
-            y = y if shift is None else y + shift
-            uses.append(_Use(layer, mode._replace(key=None, tap=None), paths, names, x, y))
-            return y, state
-
-        outputs, _ = model.apply(params, state, images, train=train, key=key, statistics=statistics, around=around)
-        return outputs, uses
-
-    def losses_of(outputs: Any) -> Tensor:
-        def single(output: Any, label: Tensor) -> Tensor:
-            return criterion(pytree.tree_map(lambda leaf: leaf[None], output), label[None])
-
-        return torch.func.vmap(single)(outputs, labels)
-
-    inputs = images, labels, *trained.values(), *frozen.values(), *tree.flatten(state).values()
-    if is_transformed(*inputs) or torch.is_inference_mode_enabled():
-        uses, losses, outputs = _transformed(forward, losses_of, params, state, images, key)
-    else:
-        with torch.enable_grad():
-            # Layers see copies of what is trained. So what reaches the originals came around the layers.
-            outer = {path: leaf.detach().requires_grad_() for path, leaf in trained.items()}
-            outputs, uses = forward(tree.unflatten({**frozen, **outer}), state, images, key, _own)
-            losses = losses_of(outputs)
-            uses = [use for use in uses if use.y.requires_grad]
-            flowing = [*(use.y for use in uses), *outer.values()]
-            found = torch.autograd.grad(losses.sum(), flowing, allow_unused=True)
-        for path, grad in zip(outer, found[len(uses) :], strict=True):
-            if grad is not None:
-                raise ValueError(f"{path!r} is used outside of the layers made by purecnn.layers.parametric")
-        uses = [
-            use._replace(x=use.x.detach(), y=torch.zeros_like(use.y) if grad is None else grad)
-            for use, grad in zip(uses, found[: len(uses)], strict=True)
-        ]
-        losses, outputs = losses.detach(), pytree.tree_map(torch.detach, outputs)
-
+def _gradients(recorded: Recorded) -> _Gradients:
+    """Makes those that are not cheaper unmade."""
     direct: _Leaves = {}
-    ghosts: dict[str, tuple[_Use, Tensor]] = {}
-    often = Counter(use.paths[name] for use in uses for name in use.names)
-    leaves = {**trained, **frozen}
-    for use in uses:
-        own, names = {name: leaves[path] for name, path in use.paths.items()}, use.names
-        if "weight" in names and often[use.paths["weight"]] == 1 and _is_ghost(use, own["weight"]):
-            ghosts[use.paths["weight"]] = use, own["weight"]
-            names = tuple(name for name in names if name != "weight")
-        for name, gradient in _direct(use, names, own, _at(state, use.mode.path)).items():
+    ghosts: dict[str, tuple[Use, Tensor]] = {}
+    often = Counter(use.paths[name] for use in recorded.uses for name in use.names)
+    for use in recorded.uses:
+        names = use.names
+        if "weight" in names and often[use.paths["weight"]] == 1:
+            weight = recorded.parameters(use)["weight"]
+            if _is_ghost(use, weight):
+                ghosts[use.paths["weight"]] = use, weight
+                names = tuple(name for name in names if name != "weight")
+        for name, gradient in recorded.gradients(use, names).items():
             path = use.paths[name]
             direct[path] = direct[path] + gradient if path in direct else gradient
-    return _Traced(trained, direct, ghosts, losses, outputs)
-
-
-def _own(params: Tree, names: tuple[str, ...], number: int) -> tuple[Tree, None]:
-    return {**params, **{name: params[name].detach().requires_grad_() for name in names}}, None
-
-
-def _transformed(
-    forward: Callable[..., _Ran],
-    losses_of: Callable[[Any], Tensor],
-    params: Tree,
-    state: Tree,
-    images: Tensor,
-    key: Tensor | None,
-) -> tuple[list[_Use], Tensor, Any]:
-    """Under ``torch.func``: the derivatives by zeros that are added to the outputs, whose shapes come first."""
-
-    def meta(leaf: Tensor) -> Tensor:
-        return torch.empty(leaf.shape, dtype=leaf.dtype, device="meta")
-
-    abstract = tree.map(meta, params), tree.map(meta, state), meta(images), None if key is None else meta(key)
-    _, uses = forward(*abstract, lambda params, names, number: (params, None))
-    zeros = [torch.zeros(use.y.shape, dtype=use.y.dtype, device=images.device) for use in uses]
-
-    def objective(shifts: _Tensors) -> _Objective:
-        outputs, uses = forward(params, state, images, key, lambda params, names, number: (params, shifts[number]))
-        losses = losses_of(outputs)
-        return losses.sum(), ([use.x for use in uses], losses, outputs)
-
-    signals, (xs, losses, outputs) = torch.func.grad(objective, has_aux=True)(zeros)
-    uses = [use._replace(x=x, y=signal) for use, x, signal in zip(uses, xs, signals, strict=True)]
-    return uses, losses, outputs
-
-
-def _at(values: Mapping[str, Any], path: str) -> Tree:
-    """The sub-tree at a path; empty if there is none."""
-    for name in path.split(".") if path else ():
-        values = values.get(name, {})
-    return dict(values)
+    return _Gradients(recorded, direct, ghosts)
 
 
 # One layer ---------------------------------------------------------------------------------------------------
 
 
-def _rows(x: Tensor) -> Tensor:
-    """What a linear layer sees, (batch, ..., c) -> (batch, positions, c)."""
-    return x[:, None] if x.ndim == 2 else x.flatten(1, -2)
-
-
-def _is_ghost(use: _Use, weight: Tensor) -> bool:
+def _is_ghost(use: Use, weight: Tensor) -> bool:
     """Whether the products of all pairs of positions are cheaper than to make the weight's gradients."""
     match use.layer.kind:
         case Convolution():
             positions = use.y.shape[2] * use.y.shape[3]
             outputs, inputs = len(weight) // use.layer.kind.groups, weight[0].numel()
         case Linear():
-            positions = _rows(use.y).shape[1]
+            positions = rows(use.y).shape[1]
             outputs, inputs = weight.shape
         case _:
             return False
     return positions**2 * (outputs + inputs) < _TRAFFIC * outputs * inputs
 
 
-def _ghost(use: _Use, weight: Tensor) -> Tensor:
+def _ghost(use: Use, weight: Tensor) -> Tensor:
     """The squared norms of the weight's gradients, without the gradients: (batch,)."""
-    kind = use.layer.kind
-    if isinstance(kind, Convolution):
-        patches = F.unfold(use.x, weight.shape[2:], padding=kind.padding, stride=kind.stride)
-        rows, signals = (
-            rearrange(values, "n (g c) t -> (n g) t c", g=kind.groups) for values in (patches, use.y.flatten(2))
-        )
-    else:
-        rows, signals = _rows(use.x), _rows(use.y)
-    products = (rows @ rows.mT) * (signals @ signals.mT)
-    return products.reshape(len(use.y), -1).sum(1)
+    read, signal = operands(use, weight)
+    return ((read @ read.mT) * (signal @ signal.mT)).flatten(1).sum(1)
 
 
-def _conv_weight(kind: Convolution, x: Tensor, weight: Tensor, signal: Tensor) -> Tensor:
-    """The gradient of a convolution's weight, summed over the images."""
-    stride, padding, dilation = [kind.stride] * 2, list(kind.padding), [1, 1]
-    _, gradient, _ = torch.ops.aten.convolution_backward(
-        signal, x, weight, None, stride, padding, dilation, False, [0, 0], kind.groups, [False, True, False]
-    )
-    return gradient
-
-
-def _weight_sum(use: _Use, weight: Tensor, scale: Tensor) -> Tensor:
+def _weight_sum(use: Use, weight: Tensor, scale: Tensor) -> Tensor:
     """The weight's gradient, each image's times its scale."""
     signal = use.y * scale.reshape(-1, *[1] * (use.y.ndim - 1))
     if isinstance(use.layer.kind, Convolution):
-        return _conv_weight(use.layer.kind, use.x, weight, signal)
-    return _rows(signal).flatten(0, 1).mT @ _rows(use.x).flatten(0, 1)
-
-
-def _direct(use: _Use, names: tuple[str, ...], params: Tree, state: Tree) -> _Leaves:
-    """The gradients of a layer's tensors, image by image: (batch, ...)."""
-    layer, mode, x, signal = use.layer, use.mode, use.x, use.y
-    rules: dict[str, Callable[[], Tensor]]
-    match layer.kind:
-        case Convolution():
-            rules = {
-                # Under vmap this is one grouped convolution.
-                "weight": lambda: torch.func.vmap(
-                    lambda x, signal: _conv_weight(layer.kind, x[None], params["weight"], signal[None])
-                )(x, signal),
-                "bias": lambda: signal.sum((2, 3)),
-            }
-        case Linear():
-            rules = {"weight": lambda: _rows(signal).mT @ _rows(x), "bias": lambda: _rows(signal).sum(1)}
-        case Normalization(axis):
-            plain = {name: torch.full_like(leaf, float(name == "weight")) for name, leaf in params.items()}
-            rules = {
-                "weight": lambda: _rows((signal * layer.apply(plain, state, x, mode)[0]).movedim(axis, -1)).sum(1),
-                "bias": lambda: _rows(signal.movedim(axis, -1)).sum(1),
-            }
-        case _:
-
-            def pull(x: Tensor, signal: Tensor) -> _Leaves:
-                def output(own: _Leaves) -> Tensor:
-                    return layer.apply({**params, **own}, state, x[None], mode)[0]
-
-                return torch.func.vjp(output, {name: params[name] for name in names})[1](signal[None])[0]
-
-            return torch.func.vmap(pull)(x, signal) if names else {}
-    return {name: rules[name]() for name in names}
+        return conv_weight(use.layer.kind, use.x, weight, signal)
+    return rows(signal).flatten(0, 1).mT @ rows(use.x).flatten(0, 1)

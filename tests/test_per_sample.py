@@ -19,7 +19,8 @@ from purecnn import Layer, Mode, random, serial, tree
 from purecnn.layers import Leaf, conv, flatten, global_avg_pool, layer_norm, linear, parametric, relu, stateless
 from purecnn.model import Model
 from purecnn.paper import Paper
-from purecnn.per_sample import _trace, clipped_gradient_sum, per_sample_gradients, per_sample_norms
+from purecnn.per_sample import _gradients, clipped_gradient_sum, per_sample_gradients, per_sample_norms
+from purecnn.record import record
 from purecnn.training import Batch, loss_function
 from purecnn.tree import Tree
 from tests import table
@@ -229,7 +230,7 @@ def test_ghost_and_direct_agree(
 def test_both_ways_are_taken() -> None:
     model = table.CASES["lenet"].model()
     params, state = model.init(random.key(0))
-    traced = _trace(model, params, state, batch(model, side=32), False, None, None, None, None)
+    traced = _gradients(record(model, params, state, batch(model, side=32), False, None, None, None, None))
     assert set(traced.ghosts) == {f"{path}.weight" for path in ("stage2.linear1", "stage2.linear2", "head.linear")}
     assert traced.direct.keys() == tree.flatten(params).keys() - traced.ghosts.keys()
 
