@@ -37,7 +37,13 @@ class Solution(NamedTuple):
 
 
 def conjugate_gradient(
-    product: Product, b: Tree, *, damping: float = 0.0, tolerance: float = 1e-5, max_iterations: int = 100
+    product: Product,
+    b: Tree,
+    *,
+    damping: float = 0.0,
+    tolerance: float = 1e-5,
+    max_iterations: int = 100,
+    preconditioner: Product | None = None,
 ) -> Solution:
     """Solve ``(A + damping I) x = b`` for a positive definite ``A`` by its products (Hestenes and Stiefel 1952).
 
@@ -47,6 +53,8 @@ def conjugate_gradient(
         damping: added to the diagonal.
         tolerance: the relative residual at which to stop.
         max_iterations: where to stop at the latest. A direction of no or negative curvature ends it, too.
+        preconditioner: something like the inverse of ``A + damping I``, symmetric and positive: the nearer it is, the
+            fewer iterations, as with ``lambda v: kfac.solve(curvature, v, damping)``. By default the identity.
 
     Returns:
         The last iterate. Whether it solves the equation is in `Solution.converged`: nothing is raised.
@@ -63,12 +71,16 @@ def conjugate_gradient(
     def apply(v: Tensor) -> Tensor:
         return ravel(product(unravel(v, b))) + damping * v
 
+    def inverse(v: Tensor) -> Tensor:
+        return v if preconditioner is None else ravel(preconditioner(unravel(v, b)))
+
     x = torch.zeros_like(right)
-    residual = direction = right
-    square = target = right @ right
-    target = tolerance**2 * target
+    residual = right
+    direction = inverse(residual)
+    square = residual @ direction
+    target = tolerance**2 * (right @ right)
     iterations = torch.zeros((), dtype=torch.int64, device=right.device)
-    going = square > target
+    going = right @ right > target
     for _ in range(max_iterations):
         # Under vmap and the compiler nobody can look, so what is solved already stands still.
         if not is_mapped() and not going:
@@ -80,9 +92,10 @@ def conjugate_gradient(
         step = torch.where(going, square / curvature, 0)
         x = x + step * direction
         residual = residual - step * curved
-        before, square = square, residual @ residual
-        direction = torch.where(going, residual + square / before * direction, direction)
-        going = going & (square > target)
+        nearer = inverse(residual)
+        before, square = square, residual @ nearer
+        direction = torch.where(going, nearer + square / before * direction, direction)
+        going = going & (residual @ residual > target)
     size = right.norm()
     relative = torch.where(size > 0, (right - apply(x)).norm() / size, 0)
     return Solution(unravel(x * scale, b), relative, iterations, relative <= tolerance)
@@ -107,6 +120,7 @@ def influence(
     damping: float = 0.0,
     tolerance: float = 1e-5,
     max_iterations: int = 100,
+    preconditioner: Product | None = None,
 ) -> Influence:
     """Predict how a measure changes when each training example is left out in turn.
 
@@ -119,7 +133,7 @@ def influence(
         train_losses: from parameters to the loss of each of the ``n`` training examples, (n,).
         measure: from parameters to a scalar, such as the loss of a test image.
         params: the objective's minimum.
-        damping, tolerance, max_iterations: see `conjugate_gradient`.
+        damping, tolerance, max_iterations, preconditioner: see `conjugate_gradient`.
 
     >>> x = torch.tensor([1.0, 2.0, 6.0])  # their mean minimises the squared error
     >>> squares = lambda p: (p["mean"] - x) ** 2 / 2
@@ -127,7 +141,12 @@ def influence(
     tensor([ 0.6667,  0.3333, -1.0000])
     """
     solution = conjugate_gradient(
-        product, grad(measure)(params), damping=damping, tolerance=tolerance, max_iterations=max_iterations
+        product,
+        grad(measure)(params),
+        damping=damping,
+        tolerance=tolerance,
+        max_iterations=max_iterations,
+        preconditioner=preconditioner,
     )
     slopes = jvp(train_losses, (params,), (solution.x,))[1]
     return Influence(slopes / len(slopes), solution)

@@ -1,0 +1,365 @@
+"""Kronecker-factored curvature: the Fisher information of a whole network, in a form that can be inverted.
+
+    curvature = ekfac(model, params, state, batches, key=key)
+    direction = solve(curvature, grad(measure)(params), damping=1e-3)      # a tree like params
+
+Of the Fisher information only what is within a layer is kept. The gradient of a layer's weight is a sum over positions,
+``sum_t s_t x_t'``, of what flowed back and what was read; *K-FAC* takes the two for independent, and positions, too, so
+that the layer's block is the Kronecker product of their second moments, ``E[x x'] (x) E[s s']`` (Martens and Grosse,
+arXiv:1503.05671; convolutions: Grosse and Martens, arXiv:1602.01407). *EK-FAC* keeps the eigenvectors, and takes as
+eigenvalues the gradients' actual second moments along them, which is the best choice there is (George et al.,
+arXiv:1806.03884). What it is for: influence functions of whole networks (Grosse et al., arXiv:2308.03296),
+preconditioning, Laplace's approximation.
+
+Of layers that are no convolution and no linear map, such as normalisations, the diagonal is kept.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from purecnn import random, tree
+from purecnn.layer import logits_of
+from purecnn.layers import Convolution, Linear
+from purecnn.model import Model
+from purecnn.paper import Loss
+from purecnn.record import Recorded, Use, operands, record
+from purecnn.step import Batch, Trainable, loss_function, partition
+from purecnn.tree import Tree
+
+__all__ = ["Block", "Fisher", "eigenvalues", "ekfac", "kfac", "matrix_function", "product", "solve"]
+
+Fisher: TypeAlias = Literal["sampled", "expected", "empirical"]
+"""Which labels the gradients are of: one drawn from the model's own distribution for each image; all of them, weighted
+by it, which takes a pass for each class; or the data's own, which gives another matrix (arXiv:1905.12558)."""
+
+
+class Block(NamedTuple):
+    """The part of the matrix that belongs to one layer's weight and bias, by its eigenvectors.
+
+    Each group of a convolution's channels is by itself. The bias, if there is one, is the last of the inputs.
+    """
+
+    outputs: Tensor
+    """Eigenvectors, in columns, of the second moments of what flowed back: (groups, outputs, outputs)."""
+    inputs: Tensor
+    """Those of what was read: (groups, inputs, inputs)."""
+    values: Tensor
+    """Eigenvalues: (groups, outputs, inputs)."""
+
+
+def kfac(
+    model: Model,
+    params: Tree,
+    state: Tree,
+    batches: Iterable[Batch],
+    *,
+    fisher: Fisher = "sampled",
+    key: Tensor | None = None,
+    loss: Loss | None = None,
+    trainable: Trainable | None = None,
+) -> Tree:
+    """The Fisher information, the mean over images, with Kronecker-factored blocks.
+
+    The network runs in evaluation mode. Memory is for a layer's inputs squared (a convolution's are ``channels * height
+    * width`` of its kernel), so what has tens of thousands of inputs is best left out by ``trainable``.
+
+    Args:
+        model, params, state: the network.
+        batches: images (batch, channels, height, width) and labels (batch,), gone through once.
+        fisher: whose labels; see `Fisher`.
+        key: of the labels that are drawn.
+        loss: of outputs and labels, the mean over a batch, for ``fisher="empirical"``; by default ``model.loss``, or
+            else `purecnn.training.loss_function`. In the others it is cross-entropy.
+        trainable: which parameters, by path; by default all.
+
+    Returns:
+        A tree like ``params``, where a convolution or linear layer has a `Block` at the place of its weight, which
+        is that of its bias, too, and all others have the diagonal. It is for `product`, `solve`, `matrix_function` and
+        `eigenvalues`.
+
+    Raises:
+        ValueError: if there are no images, labels are to be drawn without a key, a loss is given for cross-entropy's
+            matrix, or as from `purecnn.per_sample.clipped_gradient_sum`.
+
+    >>> import purecnn
+    >>> model = purecnn.create("lenet5")
+    >>> params, state = model.init(random.key(0))
+    >>> batches = [(random.normal(random.key(1), (4, 1, 32, 32)), torch.tensor([0, 1, 2, 3]))]
+    >>> curvature = kfac(model, params, state, batches, key=random.key(2))
+    >>> curvature["head"]["linear"]["weight"].values.shape
+    torch.Size([1, 10, 85])
+    """
+    return _factored(model, params, state, batches, fisher, key, loss, trainable)
+
+
+def ekfac(
+    model: Model,
+    params: Tree,
+    state: Tree,
+    batches: Iterable[Batch],
+    *,
+    fisher: Fisher = "sampled",
+    key: Tensor | None = None,
+    loss: Loss | None = None,
+    trainable: Trainable | None = None,
+) -> Tree:
+    """`kfac` with the second moments of the gradients along its eigenvectors as eigenvalues.
+
+    Of all matrices with these eigenvectors it is the nearest to each layer's own block, and its trace is that of the
+    Fisher information. Memory is for a layer's gradients of all images of a batch.
+
+    Args:
+        model, params, state, fisher, key, loss, trainable: see `kfac`.
+        batches: as there, but gone through twice: a list, or what `purecnn.data.batches` gives.
+
+    Raises:
+        ValueError: as from `kfac`, or if ``batches`` can be gone through only once.
+
+    >>> import purecnn
+    >>> model = purecnn.create("lenet5")
+    >>> params, state = model.init(random.key(0))
+    >>> batches = [(random.normal(random.key(1), (4, 1, 32, 32)), torch.tensor([0, 1, 2, 3]))]
+    >>> curvature = ekfac(model, params, state, batches, key=random.key(2))
+    >>> solve(curvature, params, damping=0.1)["head"]["linear"]["weight"].shape
+    torch.Size([10, 84])
+    """
+    if iter(batches) is batches:
+        raise ValueError("the batches are gone through twice, but this is an iterator: give a list, or make them anew")
+    factored = _factored(model, params, state, batches, fisher, key, loss, trainable)
+    leaves = tree.flatten(factored)
+    moments = {path: torch.zeros_like(leaf.values) for path, leaf in leaves.items() if isinstance(leaf, Block)}
+    count = 0
+    for recorded, first in _passes(model, params, state, batches, fisher, key, loss, trainable):
+        count += len(recorded.losses) * first
+        rotated: dict[str, Tensor] = {}
+        for use in recorded.uses:
+            if path := _block(use):
+                read, signal = _operands(recorded, use)
+                gradient = (signal @ leaves[path].outputs).mT @ (read @ leaves[path].inputs)
+                rotated[path] = rotated[path] + gradient if path in rotated else gradient
+        for path, gradient in rotated.items():
+            moments[path] = moments[path] + gradient.square().sum(0)
+    exact = {path: leaves[path]._replace(values=values / count) for path, values in moments.items()}
+    return tree.unflatten({**leaves, **exact})
+
+
+def product(curvature: Tree, v: Tree) -> Tree:
+    """The matrix times a vector.
+
+    Args:
+        curvature: of `kfac` or `ekfac`.
+        v: a tree of the parameters that it is of.
+
+    Raises:
+        ValueError: as from `matrix_function`.
+
+    >>> product({"scale": torch.tensor([2.0])}, {"scale": torch.tensor([3.0])})  # of this layer there is the diagonal
+    {'scale': tensor([6.])}
+    """
+    return matrix_function(curvature, lambda values: values, v)
+
+
+def solve(curvature: Tree, v: Tree, damping: float | Tensor) -> Tree:
+    """The inverse of the matrix, with ``damping`` added to its diagonal, times a vector.
+
+    Args:
+        curvature: of `kfac` or `ekfac`.
+        v: a tree of the parameters that it is of.
+        damping: positive. A tenth of the eigenvalues' mean is a usual choice (arXiv:2308.03296); block by block it is
+            ``matrix_function(curvature, lambda values: 1 / (values + values.mean() / 10), v)``.
+
+    Raises:
+        ValueError: if the damping is not positive, or as from `matrix_function`.
+
+    >>> solve({"scale": torch.tensor([2.0])}, {"scale": torch.tensor([3.0])}, damping=1.0)
+    {'scale': tensor([1.])}
+    """
+    if not isinstance(damping, Tensor) and not damping > 0:
+        raise ValueError(f"damping must be positive, found {damping}")
+    return matrix_function(curvature, lambda values: 1 / (values + damping), v)
+
+
+def matrix_function(curvature: Tree, function: Callable[[Tensor], Tensor], v: Tree) -> Tree:
+    """A function of the matrix times a vector: the function acts on the eigenvalues.
+
+    With ``lambda values: (images * values + prior).rsqrt()`` and ``v`` normal, what comes out is distributed as the
+    parameters' deviations in Laplace's approximation.
+
+    Args:
+        curvature: of `kfac` or `ekfac`.
+        function: of eigenvalues, those of one block at a time, number by number.
+        v: a tree of the parameters that it is of.
+
+    Raises:
+        ValueError: if ``v`` is of other parameters.
+
+    >>> matrix_function({"scale": torch.tensor([4.0])}, torch.sqrt, {"scale": torch.tensor([3.0])})
+    {'scale': tensor([6.])}
+    """
+    result: Tree = {}
+    for name, own in curvature.items():
+        if name not in v:
+            continue
+        if isinstance(own, Tensor):
+            result[name] = function(own) * v[name]
+        elif not isinstance(own, Block):
+            result[name] = matrix_function(own, function, v[name])
+        else:
+            weight = v[name]
+            inputs = weight[0].numel()
+            matrix = weight.reshape(len(own.values), -1, inputs)
+            if joint := own.inputs.shape[-1] > inputs and "bias" in v:
+                matrix = torch.cat([matrix, v["bias"].reshape(len(matrix), -1, 1)], 2)
+            turned = function(own.values) * (own.outputs.mT @ matrix @ own.inputs)
+            matrix = own.outputs @ turned @ own.inputs.mT
+            result[name] = matrix[..., :inputs].reshape(weight.shape)
+            if joint:
+                result["bias"] = matrix[..., inputs].reshape(v["bias"].shape)
+    if result.keys() != v.keys():
+        raise ValueError(f"the curvature is of other parameters than the vector: {sorted(curvature)} and {sorted(v)}")
+    return {name: result[name] for name in v}
+
+
+def eigenvalues(curvature: Tree) -> Tensor:
+    """All eigenvalues, (parameters,), at least 0, in no order: of ``log(values + damping)`` the sum is a determinant's
+    logarithm.
+
+    Args:
+        curvature: of `kfac` or `ekfac`.
+
+    >>> eigenvalues({"scale": torch.tensor([2.0, 1.0])})
+    tensor([2., 1.])
+    """
+    leaves = tree.flatten(curvature).values()
+    return torch.cat([(leaf.values if isinstance(leaf, Block) else leaf).flatten() for leaf in leaves])
+
+
+# One pass, one layer -----------------------------------------------------------------------------------------
+
+
+def _factored(
+    model: Model,
+    params: Tree,
+    state: Tree,
+    batches: Iterable[Batch],
+    fisher: Fisher,
+    key: Tensor | None,
+    loss: Loss | None,
+    trainable: Trainable | None,
+) -> Tree:
+    """The curvature before its eigenvalues are corrected."""
+    reads: dict[str, Tensor] = {}
+    signals: dict[str, Tensor] = {}
+    positions: dict[str, int] = {}
+    diagonal = {path: torch.zeros_like(leaf) for path, leaf in partition(params, trainable)[0].items()}
+    count = 0
+    for recorded, first in _passes(model, params, state, batches, fisher, key, loss, trainable):
+        count += len(recorded.losses) * first
+        single: dict[str, Tensor] = {}
+        for use in recorded.uses:
+            names = use.names
+            if path := _block(use):
+                read, signal = _operands(recorded, use)
+                if first:  # what was read is the same in every pass over the same images
+                    reads[path] = _moments(read) + reads.get(path, 0)
+                    positions[path] = len(read) * read.shape[2] + positions.get(path, 0)
+                signals[path] = _moments(signal) + signals.get(path, 0)
+                own = ("weight", "bias") if _is_joint(use) else ("weight",)
+                for name in own:
+                    diagonal.pop(use.paths[name], None)
+                names = tuple(name for name in names if name not in own)
+            for name, gradient in recorded.gradients(use, names).items():
+                place = use.paths[name]
+                single[place] = single[place] + gradient if place in single else gradient
+        for place, gradient in single.items():
+            diagonal[place] = diagonal[place] + gradient.square().sum(0)
+    if not count:
+        raise ValueError("there are no images to take the curvature of")
+    found: dict[str, Any] = {place: square / count for place, square in diagonal.items()}
+    for path, moments in reads.items():
+        inner, inputs = _eigen(moments / count)
+        outer, outputs = _eigen(signals[path] / positions[path])
+        found[path] = Block(outputs, inputs, outer[:, :, None] * inner[:, None])
+    return tree.unflatten({path: found[path] for path in tree.flatten(params) if path in found})
+
+
+def _passes(
+    model: Model,
+    params: Tree,
+    state: Tree,
+    batches: Iterable[Batch],
+    fisher: Fisher,
+    key: Tensor | None,
+    loss: Loss | None,
+    trainable: Trainable | None,
+) -> Iterator[tuple[Recorded, bool]]:
+    """What was recorded of each batch, and whether it is the batch's first pass.
+
+    The gradients' outer products, summed over passes and images, are so many times the Fisher information as there are
+    images.
+    """
+    if fisher not in ("sampled", "expected", "empirical"):
+        raise ValueError(f"fisher is 'sampled', 'expected' or 'empirical', found {fisher!r}")
+    if fisher == "sampled" and key is None:
+        raise ValueError("labels are drawn from the model's distribution: pass key=purecnn.random.key(seed)")
+    if fisher != "empirical" and loss is not None:
+        raise ValueError(f"the {fisher} Fisher information is that of cross-entropy: a loss is for fisher='empirical'")
+    criterion = (loss or model.loss or loss_function) if fisher == "empirical" else loss_function
+    device = tree.device(params)
+    for number, (images, labels) in enumerate(batches):
+        if not len(images):
+            continue
+        images, labels = images.to(device), labels.to(device)
+
+        def pass_of(labels: Tensor, images: Tensor = images) -> Recorded:
+            return record(model, params, state, (images, labels), False, None, None, criterion, trainable)
+
+        if fisher == "empirical":
+            yield pass_of(labels), True
+            continue
+        with torch.no_grad():
+            shares = logits_of(model.apply(params, state, images)[0]).softmax(1)
+        if key is not None and fisher == "sampled":
+            drawn = random.uniform(random.fold_in(key, number).to(device), (len(images), 1))
+            yield pass_of((shares.cumsum(1) < drawn).sum(1).clamp(max=shares.shape[1] - 1)), True
+            continue
+        for label in range(shares.shape[1]):
+            recorded = pass_of(torch.full((len(images),), label, device=device))
+            roots = shares[:, label].sqrt()
+            uses = [use._replace(y=use.y * roots.reshape(-1, *[1] * (use.y.ndim - 1))) for use in recorded.uses]
+            yield recorded._replace(uses=uses), not label
+
+
+def _block(use: Use) -> str | None:
+    """The path of the weight whose block this is part of; None of a layer that has none."""
+    if "weight" in use.names and isinstance(use.layer.kind, Convolution | Linear):
+        return use.paths["weight"]
+    return None
+
+
+def _is_joint(use: Use) -> bool:
+    """Whether the bias is trained and lies beside the weight."""
+    return "bias" in use.names and use.paths["bias"].rpartition(".")[0] == use.paths["weight"].rpartition(".")[0]
+
+
+def _operands(recorded: Recorded, use: Use) -> tuple[Tensor, Tensor]:
+    """What was read, ones for a bias included, and what flowed back: (batch, groups, positions, inputs or outputs)."""
+    read, signal = operands(use, recorded.parameters(use)["weight"])
+    if _is_joint(use):
+        read = torch.cat([read, torch.ones_like(read[..., :1])], -1)
+    return read, signal
+
+
+def _moments(x: Tensor) -> Tensor:
+    """Second moments, summed over images and positions: (groups, numbers, numbers)."""
+    columns = x.movedim(1, 0).flatten(1, 2)
+    return columns.mT @ columns
+
+
+def _eigen(moments: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors of each group, found in double precision; rounding makes none negative."""
+    values, vectors = torch.linalg.eigh(moments.double())
+    return values.clamp(min=0).to(moments.dtype), vectors.to(moments.dtype)
