@@ -46,8 +46,10 @@ def peers(session: nox.Session) -> None:
     """Everything that is compared with other libraries, beside those: networks, gradients, curvature, explanations."""
     session.install(".[privacy]", *GROUPS, "pytorchcv", "timm")
     session.run("pytest", "tests/test_peers.py", *session.posargs)
-    session.install("opacus", "backpack-for-pytorch", "curvlinops-for-pytorch", "captum", "jax", "torchopt")
-    derived = ("per_sample", "privacy", "curvature", "kernels", "explain", "adversarial")
+    session.install(
+        "opacus", "backpack-for-pytorch", "curvlinops-for-pytorch", "captum", "jax", "torchopt", "kronfluence"
+    )
+    derived = ("per_sample", "privacy", "curvature", "kfac", "kernels", "explain", "adversarial")
     tests = (*derived, "optimizers", "random", "initializers")
     session.run("pytest", *(f"tests/test_{name}.py" for name in tests), *session.posargs)
 

@@ -1,6 +1,8 @@
-"""Laws of Kronecker-factored curvature; curvlinops beside it."""
+"""Laws of Kronecker-factored curvature; curvlinops and kronfluence beside it."""
 
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import jacrev, vmap
+from torch.utils.data import TensorDataset
 
 import purecnn
 from purecnn import random, serial, tree
@@ -20,6 +23,7 @@ from purecnn.layer import Layer, Mode
 from purecnn.layers import batch_norm, conv, flatten, global_avg_pool, linear, relu, sigmoid
 from purecnn.model import Model
 from purecnn.per_sample import per_sample_gradients, per_sample_norms
+from purecnn.step import Batch
 from purecnn.tree import Tree
 from tests.table import CASES, Case
 
@@ -376,3 +380,52 @@ def test_equals_curvlinops(method: Method, fisher: Fisher) -> None:
     v = vector(8, params)
     ours = product(method(model, params, state, [(IMAGES, LABELS)], fisher=fisher), v)
     close(ravel(ours), (operator @ ravel(v)).detach(), 1e-7)
+
+
+def test_influence_equals_kronfluence(tmp_path: Path) -> None:
+    pytest.importorskip("kronfluence", reason="kronfluence is not installed")
+    layer = serial(conv1=conv(3, 3, bias=True), act1=sigmoid, flatten=flatten, linear=linear(CLASSES))
+    model = model_of(layer)
+    params, state = model.init(random.key(3))
+    module = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Sigmoid(), nn.Flatten(), nn.Linear(108, CLASSES))
+    module.load_state_dict(tree.flatten({"0": params["conv1"], "3": params["linear"]}))
+    train = random.normal(random.key(4), (12, 2, 6, 6)), torch.arange(12) % CLASSES
+    test = IMAGES.float(), LABELS
+    theirs = kronfluence_scores(module, train, test, tmp_path)
+
+    curvature = ekfac(model, params, state, [train], fisher="empirical")
+    queries = per_sample_gradients(model, params, state, test)
+    # Its damping is a tenth of a block's mean.
+    damped = vmap(lambda v: matrix_function(curvature, lambda values: 1 / (values + values.mean() / 10), v))(queries)
+    ours = vmap(ravel)(damped) @ vmap(ravel)(per_sample_gradients(model, params, state, train)).T
+    close(ours, theirs, 1e-4)
+
+
+def kronfluence_scores(module: nn.Module, train: Batch, test: Batch, folder: Path) -> Tensor:
+    """Its influence of each training image on the loss of each test image, by EK-FAC: (test, train)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from kronfluence.analyzer import Analyzer, prepare_model
+        from kronfluence.arguments import FactorArguments, ScoreArguments
+        from kronfluence.task import Task
+
+        class Losses(Task):  # type: ignore[misc]
+            def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
+                return F.cross_entropy(model(batch[0]), batch[1], reduction="sum")
+
+            def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
+                return self.compute_train_loss(batch, model)
+
+        task = Losses()
+        model = prepare_model(module, task)
+        analyzer = Analyzer(
+            "peer", model, task, cpu=True, output_dir=str(folder), disable_tqdm=True, disable_model_save=True
+        )
+        factors = FactorArguments(strategy="ekfac", use_empirical_fisher=True)
+        halves = [TensorDataset(*half) for half in (train, test)]
+        analyzer.fit_all_factors("factors", halves[0], per_device_batch_size=len(train[1]), factor_args=factors)
+        analyzer.compute_pairwise_scores(
+            "scores", "factors", halves[1], halves[0], len(test[1]), score_args=ScoreArguments(damping_factor=None)
+        )
+        scores: Tensor = analyzer.load_pairwise_scores("scores")["all_modules"]
+    return scores
