@@ -18,7 +18,7 @@ from purecnn import tree
 from purecnn.training import Epoch, Position, TrainState
 from purecnn.tree import Tree
 
-FORMAT = "purecnn-run-1"
+FORMAT = "purecnn-run-2"
 
 
 class Standing(NamedTuple):
@@ -56,6 +56,7 @@ def save(folder: Path, number: int, standing: Standing, keep: int) -> None:
                 "batch": position.batch,
                 "seconds": position.seconds,
                 "history": [row._asdict() for row in position.history],
+                "learning_rate": position.learning_rate,
                 "rows": rows,
             }
         ),
@@ -94,6 +95,7 @@ def load(folder: Path) -> Standing | None:
         trees["sums"],
         found["seconds"],
         tuple(Epoch(**row) for row in found["history"]),
+        found["learning_rate"],
     )
     return Standing(found["phase"], position, tuple(found["rows"]))
 

@@ -132,7 +132,7 @@ def pgd(
     attacked = x if key is None else project(limit * _start(key, x, norm))
     for _ in range(steps):
         gradient = grad(loss)(attacked)
-        step = gradient.sign() if norm == "inf" else gradient / _length(gradient)
+        step = gradient.sign() if norm == "inf" else _unit(gradient)
         attacked = project(attacked - x + size * step)
     return attacked
 
@@ -146,6 +146,12 @@ def _length(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=(1, 2, 3), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
 
 
+def _unit(x: Tensor) -> Tensor:
+    """Of norm 1, or 0 where it is 0. A confident network's gradients may be so small that their squares vanish."""
+    x = x / x.abs().amax((1, 2, 3), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    return x / _length(x)
+
+
 def _start(key: Tensor, x: Tensor, norm: str) -> Tensor:
     """A change, uniform among those of norm at most 1."""
     if norm == "inf":
@@ -153,4 +159,4 @@ def _start(key: Tensor, x: Tensor, norm: str) -> Tensor:
     direction_key, radius_key = random.split(key)
     direction = random.normal(direction_key, x.shape, dtype=x.dtype)
     radius = random.uniform(radius_key, (len(x), 1, 1, 1), dtype=x.dtype) ** (1 / x[0].numel())
-    return radius * direction / _length(direction)
+    return radius * _unit(direction)

@@ -54,8 +54,9 @@ def crop(padding: int, mode: str = "constant") -> Augment:
 
     def augment(images: Tensor, key: Tensor) -> Tensor:
         batch, _, height, width = images.shape
-        # Reflection is not there for bytes, and these numbers are exact.
-        wide = F.pad(images.float(), (padding,) * 4, mode=mode).to(images.dtype)
+        # Reflection is not there for whole numbers; these hold them exactly.
+        exact = torch.float32 if images.dtype.itemsize <= 2 or images.dtype == torch.float32 else torch.float64
+        wide = F.pad(images.to(exact), (padding,) * 4, mode=mode).to(images.dtype)
         top, left = (_integers(random.fold_in(key, i), batch, 2 * padding + 1) for i in range(2))
         rows = rearrange(top, "b -> b 1 1 1") + torch.arange(height, device=images.device)[:, None]
         columns = rearrange(left, "b -> b 1 1 1") + torch.arange(width, device=images.device)

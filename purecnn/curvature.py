@@ -317,14 +317,15 @@ class Spectrum(NamedTuple):
     weights: Tensor
     """(steps,), at least 0, of sum 1: with the values, the Gauss quadrature of the matrix's spectral density."""
     residuals: Tensor
-    """(steps,): there is an eigenvalue at most this far from each value, rounding errors of the products aside."""
+    """(steps,): there is an eigenvalue at most this far from each value, rounding errors of the products aside.
+    Infinite for numbers that stand in where there was nothing left to find, see `lanczos`."""
 
 
 def lanczos(product: Product, params: Tree, key: Tensor, steps: int) -> Spectrum:
     """Eigenvalues of a symmetric matrix from its products (Lanczos 1950), with full reorthogonalisation.
 
     A step takes a product and keeps a vector of the size of ``params``. If the vectors span an invariant space before
-    the last step, what follows has no weight.
+    the last step, numbers from within the spectrum stand in for what would follow, without weight.
 
     Args:
         product: the matrix.
@@ -349,10 +350,12 @@ def lanczos(product: Product, params: Tree, key: Tensor, steps: int) -> Spectrum
     scale = torch.zeros_like(v[0])
     alphas: list[Tensor] = []
     betas: list[Tensor] = []
+    made: list[Tensor] = []
     for _ in range(min(steps, len(like))):
         w = ravel(product(unravel(v, params)))
         # Where all directions are used up there is no vector left. A number from within the spectrum, without weight,
         # stands for the missing ones, because a loop under vmap cannot end early.
+        made.append(alive)
         alphas.append(torch.where(alive, v @ w, alphas[0] if alphas else 0))
         for _ in range(2):  # one pass leaves rounding errors that grow
             for q in basis:
@@ -365,7 +368,9 @@ def lanczos(product: Product, params: Tree, key: Tensor, steps: int) -> Spectrum
         basis.append(v)
     side = torch.stack(betas[:-1]) if betas[1:] else v[:0]
     values, vectors = torch.linalg.eigh(torch.diag(torch.stack(alphas)) + torch.diag(side, 1) + torch.diag(side, -1))
-    return Spectrum(values, vectors[0].square(), betas[-1] * vectors[-1].abs())
+    substituted = (vectors.square() * ~torch.stack(made)[:, None]).sum(0) > 0.5
+    residuals = torch.where(substituted, math.inf, betas[-1] * vectors[-1].abs())
+    return Spectrum(values, vectors[0].square(), residuals)
 
 
 def spectral_density(spectrum: Spectrum, points: int = 512, width: float = 0.01) -> tuple[Tensor, Tensor]:
@@ -375,7 +380,7 @@ def spectral_density(spectrum: Spectrum, points: int = 512, width: float = 0.01)
 
     Args:
         spectrum: of one run of `lanczos`, or of several, stacked: ``vmap`` over keys averages over first vectors.
-        points: how many.
+        points: how many; fewer than ``3 / width`` may miss narrow bells.
         width: standard deviation of the smoothing, as a share of the spectrum's extent.
 
     Returns:

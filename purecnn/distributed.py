@@ -60,8 +60,8 @@ def total_flowing(x: Tensor) -> Tensor:
 
 
 def share(images: int, device: torch.device) -> Tensor:
-    """This process's part of all the images that are worked on: a scalar."""
-    count = torch.full((), float(images), device=device)
+    """This process's part of all the images that are worked on: a scalar, float64."""
+    count = torch.full((), float(images), dtype=torch.float64, device=device)
     return count / total({"": count})[""]
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from purecnn import rule
 from purecnn.optimizer import LearningRate, Optimizer
-from purecnn.rule import Rule, Step, blockwise, check_positive, check_share, descend, number
+from purecnn.rule import Rule, Step, blockwise, check_positive, check_share, descend, number, square_root
 
 __all__ = ["adamw", "rmsprop", "sgd"]
 
@@ -113,7 +113,7 @@ def rmsprop(
             grad = grad.add(param, alpha=step.decay)
         square, *kept = moments
         square = square.mul(alpha).addcmul(grad, grad, value=1 - alpha)
-        root = (square + eps).sqrt() if tensorflow else _root(square) + eps
+        root = (square + eps).sqrt() if tensorflow else square_root(square) + eps
         if not kept:
             return param - step.rate * grad / root, square
         if tensorflow:
@@ -186,7 +186,7 @@ def adamw(
         root = torch.sqrt(1 - beta2 ** step.time.double())
         if step.decay:
             param = param * (1 - step.rate * step.decay)
-        return param - size * mean / (_root(square) / root + eps), mean, square
+        return param - size * mean / (square_root(square) / root + eps), mean, square
 
     def kernel(params: list[Tensor], grads: list[Tensor], moments: list[list[Tensor]], step: Step) -> None:
         mean, square = moments
@@ -208,9 +208,3 @@ def adamw(
 
     moments = {"mean": 0.0, "square": 0.0}
     return rule.optimizer(Rule(formula, kernel, moments), learning_rate, weight_decay, decay, scale)
-
-
-def _root(square: Tensor) -> Tensor:
-    """The square root, but with derivative 0 at 0, where no gradient has ever come: unrolled training gave nan."""
-    still = square == 0
-    return torch.where(still, 0.0, torch.where(still, 1.0, square).sqrt())

@@ -11,7 +11,7 @@ from torch import Tensor
 from purecnn import rule
 from purecnn.elementwise import adamw
 from purecnn.optimizer import LearningRate, Optimizer, partitioned
-from purecnn.rule import Rule, Step, blockwise, check_positive, check_share, descend, number
+from purecnn.rule import Rule, Step, blockwise, check_positive, check_share, descend, number, square_root
 
 __all__ = ["lamb", "lars", "muon"]
 
@@ -47,8 +47,10 @@ def lars(
     check_positive(trust=trust)
 
     def ratio(param_norm: Tensor, grad_norm: Tensor) -> Tensor:
-        adapted = trust * param_norm / (grad_norm + weight_decay * param_norm)
-        return torch.where((param_norm > 0) & (grad_norm > 0), adapted, 1.0)
+        used = (param_norm > 0) & (grad_norm > 0)
+        # The denominator is replaced as well: the derivative of 0 / 0 would be no number, whether it is used or not.
+        norm = torch.where(used, grad_norm + weight_decay * param_norm, 1.0)
+        return torch.where(used, trust * param_norm / norm, 1.0)
 
     def formula(param: Tensor, grad: Tensor, moments: list[Tensor], step: Step) -> tuple[Tensor, ...]:
         rate = step.rate
@@ -102,14 +104,15 @@ def lamb(
     check_positive(eps=eps)
 
     def ratio(param_norm: Tensor, norm: Tensor) -> Tensor:
-        return torch.where((param_norm > 0) & (norm > 0), param_norm / norm, 1.0)
+        used = (param_norm > 0) & (norm > 0)
+        return torch.where(used, param_norm / torch.where(used, norm, 1.0), 1.0)
 
     def formula(param: Tensor, grad: Tensor, moments: list[Tensor], step: Step) -> tuple[Tensor, ...]:
         mean, square = moments
         mean = mean.lerp(grad, 1 - beta1)
         square = square.mul(beta2).addcmul(grad, grad, value=1 - beta2)
         root = torch.sqrt(1 - beta2 ** step.time.double())
-        direction = mean / (1 - beta1 ** step.time.double()) / (square.sqrt() / root + eps)
+        direction = mean / (1 - beta1 ** step.time.double()) / (square_root(square) / root + eps)
         rate = step.rate
         if step.decay:
             direction = direction.add(param, alpha=weight_decay)

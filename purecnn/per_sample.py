@@ -285,7 +285,9 @@ class _Gradients(NamedTuple):
     def norms(self) -> Tensor:
         squares = torch.zeros_like(self.recorded.losses)
         for gradient in self.direct.values():
-            squares = squares + torch.linalg.vector_norm(gradient.flatten(1), dim=1).square()
+            # Row by row: of millions of numbers at once torch's norm is too small, by 0.05 % of nine million.
+            rows_ = gradient.flatten(2) if gradient.ndim > 2 else gradient[..., None]
+            squares = squares + torch.linalg.vector_norm(rows_, dim=-1).square().reshape(len(gradient), -1).sum(1)
         for use, weight in self.ghosts.values():
             squares = squares + _ghost(use, weight)
         return squares.clamp(min=0).sqrt()

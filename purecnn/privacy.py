@@ -160,8 +160,9 @@ def poisson_sample(key: Tensor, count: int, rate: float) -> Tensor:
     """
     if not 0 <= rate <= 1:
         raise ValueError(f"rate must be in [0, 1], found {rate}")
-    # In 32 bits, where a float has 23: a rate of 1e-6 would be 7 % larger.
-    return (random.bits(key, (count,)) < rate * 2**32).nonzero()[:, 0]
+    # In 32 bits, where a float has 23: a rate of 1e-6 would be 7 % larger. Torch compares with a number in single
+    # precision, where the largest words would equal 2**32.
+    return (random.bits(key, (count,)).double() < rate * 2**32).nonzero()[:, 0]
 
 
 # Accounting --------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ __all__ = [
     "descend",
     "number",
     "optimizer",
+    "square_root",
 ]
 
 _BLOCK = 1 << 17
@@ -213,6 +214,12 @@ def check_positive(**values: float) -> None:
 def number(rate: Tensor) -> float | Tensor:
     """A learning rate as torch's fused kernels take it: from a GPU it is not fetched, which would mean to wait."""
     return float(rate) if rate.is_cpu else rate.float()
+
+
+def square_root(square: Tensor) -> Tensor:
+    """The square root, but with derivative 0 at 0, where no gradient has ever come: unrolled training gave nan."""
+    still = square == 0
+    return torch.where(still, 0.0, torch.where(still, 1.0, square).sqrt())
 
 
 def descend(params: list[Tensor], directions: list[Tensor], rate: Tensor) -> None:

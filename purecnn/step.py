@@ -72,7 +72,7 @@ class TrainState(NamedTuple):
             optimizer: the update rule.
             trainable: as in `make_step`.
             policy: as in `make_step`.
-            average: begin a moving average, for a step with an ``average``.
+            average: begin a moving average, for a step with an ``average``; of 16-bit numbers in 32 bits.
 
         Raises:
             ValueError: if no parameter is to be trained.
@@ -83,7 +83,7 @@ class TrainState(NamedTuple):
         step = torch.zeros((), dtype=torch.int64, device=tree.device(params))
         extra: Tree = {}
         if average:
-            extra["average"] = tree.map(torch.clone, {"params": params, "state": state})
+            extra["average"] = tree.map(_long, {"params": params, "state": state})
         if policy is not None and policy.scaled:
             # As torch.amp.GradScaler begins.
             extra["loss_scale"] = {"scale": torch.full_like(step, 2**16, dtype=torch.float32), "good": step.clone()}
@@ -299,7 +299,8 @@ def _gradient(
             logits = logits_of(outputs)
             value = loss(outputs, labels)
             truth = labels.argmax(1) if labels.ndim > 1 and labels.is_floating_point() else labels
-            return value if scale is None else value * scale, (after, (logits.argmax(1) == truth).sum(), value)
+            scaled = value if scale is None else value * scale.to(value.dtype)
+            return scaled, (after, (logits.argmax(1) == truth).sum(), value)
 
         inputs = images, labels, *trained.values(), *frozen.values(), *tree.flatten(state).values()
         if is_transformed(*inputs) or torch.is_inference_mode_enabled():
@@ -335,8 +336,11 @@ def _accumulated(
     for i, chunk in enumerate(chunks):
         share = len(chunk[1]) / max(images, 1)
         counts = (count, torch.full_like(count, i))
-        grads, state, metrics = run(trained, frozen, state, chunk, key, counts, scale)
-        grads = {path: grad * share for path, grad in grads.items()}
+        # Before the gradient is taken, since through global statistics it is that of others' losses, too.
+        weight = torch.full((), share, dtype=torch.float64, device=count.device)
+        grads, state, metrics = run(
+            trained, frozen, state, chunk, key, counts, weight if scale is None else weight * scale
+        )
         total = {path: total[path] + grad for path, grad in grads.items()} if total else grads
         loss, correct = loss + metrics.loss * share, correct + metrics.correct
     return total, state, Metrics(loss, correct.to(torch.int64))
@@ -345,11 +349,11 @@ def _accumulated(
 def _joined(grads: _Leaves, state: Tree, metrics: Metrics, part: Tensor) -> tuple[_Leaves, Tree, Metrics]:
     """Gradients, statistics and metrics of all processes; gradients have been scaled by ``part`` already."""
     flat = tree.flatten(state)
-    shares = {path: leaf * part for path, leaf in flat.items() if leaf.is_floating_point()}
+    shares = {path: leaf * part.to(leaf.dtype) for path, leaf in flat.items() if leaf.is_floating_point()}
     mine = {
         **{f"grads.{path}": grad for path, grad in grads.items()},
         **{f"state.{path}": leaf for path, leaf in shares.items()},
-        "loss": metrics.loss * part,
+        "loss": metrics.loss * part.to(metrics.loss.dtype),
         "correct": metrics.correct.to(metrics.loss.dtype),
     }
     sums = distributed.total(mine)
@@ -380,11 +384,17 @@ def _unless_infinite(
 
     good = torch.where(finite, good + 1, 0)
     grown = good == 2000
-    scale = torch.where(finite, torch.where(grown, 2 * scale, scale), scale / 2)
+    larger = torch.where((2 * scale).isfinite(), 2 * scale, scale)
+    scale = torch.where(finite, torch.where(grown, larger, scale), scale / 2)
     updated = {path: keep(leaf, trained[path]) for path, leaf in tree.flatten(updated).items()}
     opt_state = tree.map(keep, new_state, opt_state)
     scaling = {"scale": scale, "good": torch.where(grown, 0, good)}
     return finite, updated, opt_state, tree.map(keep, *reversed(states)), scaling
+
+
+def _long(leaf: Tensor) -> Tensor:
+    """A copy, of 16 bits in 32: in short numbers an average's small steps would be lost."""
+    return leaf.to(torch.float32 if leaf.dtype in (torch.float16, torch.bfloat16) else leaf.dtype, copy=True)
 
 
 def _averaged(extra: Tree, params: Tree, state: Tree, decay: float, count: Tensor, finite: Tensor | None) -> Tree:
@@ -395,7 +405,7 @@ def _averaged(extra: Tree, params: Tree, state: Tree, decay: float, count: Tenso
         weight = weight * finite
 
     def nearer(mean: Tensor, leaf: Tensor) -> Tensor:
-        return mean.lerp(leaf, weight.to(mean.dtype)) if mean.is_floating_point() else leaf
+        return mean.lerp(leaf.to(mean.dtype), weight.to(mean.dtype)) if mean.is_floating_point() else leaf
 
     return tree.map(nearer, extra["average"], {"params": params, "state": state})
 

@@ -137,6 +137,8 @@ class Position(NamedTuple):
     """Spent in this epoch."""
     history: tuple[Epoch, ...]
     """The epochs before."""
+    learning_rate: float | None = None
+    """Of this epoch's first step; None before it."""
 
     @classmethod
     def start(cls, train_state: TrainState) -> "Position":
@@ -248,7 +250,7 @@ def fit(
         position = Position.start(begin)
     step = make_step(model, optimizer, trainable=trainable, policy=policy, average=average, donate=True, **settings)
     step = captured(step) if capture else step
-    kept, epoch, done, sums, seconds, history = position
+    kept, epoch, done, sums, seconds, history, rate = position
     device = tree.device(kept.params)
     draw_key = draw_key.to(device)
     best: TrainState | None = None
@@ -263,8 +265,7 @@ def fit(
     for epoch in range(position.epoch, epochs + 1):
         begun = time.perf_counter() - seconds
         first = int(train_state.step) - done
-        opt_state = train_state.opt_state
-        rate = optimizer.rate({**opt_state, "step": opt_state["step"] - done})  # of the epoch's first step
+        rate = optimizer.rate(train_state.opt_state) if rate is None else rate
         last: Metrics | None = None
         for images, labels in _skipped(train(random.fold_in(order_key, epoch)), done):
             batch = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
@@ -276,7 +277,7 @@ def fit(
                 check(float(last.loss), first + done - 2, f"in batch {done - 1}")
             last = metrics
             if on_step is not None:
-                now = Position(train_state, epoch, done, sums, time.perf_counter() - begun, history)
+                now = Position(train_state, epoch, done, sums, time.perf_counter() - begun, history, rate)
                 if on_step(now, metrics):
                     return Fitted(_copy(train_state), best, history, True)
         if not done:
@@ -300,7 +301,7 @@ def fit(
             best = kept
         if on_epoch is not None:
             on_epoch(row, kept)
-        done, seconds, sums = 0, 0.0, torch.zeros_like(sums)
+        done, seconds, sums, rate = 0, 0.0, torch.zeros_like(sums), None
     return Fitted(kept, best, history, False)
 
 

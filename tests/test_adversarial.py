@@ -93,6 +93,17 @@ def test_a_euclidean_step_follows_the_gradient() -> None:
     torch.testing.assert_close(F.cosine_similarity(change.flatten(1), gradient.flatten(1)), torch.ones(3))
 
 
+def test_a_euclidean_step_has_its_size_where_gradients_are_tiny() -> None:
+    """A confident network's gradients have squares that are zero in single precision."""
+    x, _ = batch(size=2)
+    model, params, state = NETWORK
+    head = {"weight": params["head"]["linear"]["weight"] / 100, "bias": torch.tensor([60.0, 0.0, 0.0, 0.0])}
+    confident = {**params, "head": {"linear": head}}
+    zeros = torch.zeros(2, dtype=torch.int64)
+    attacked = pgd(model, confident, state, x, zeros, epsilon=5.0, step_size=0.1, steps=1, norm="2")
+    torch.testing.assert_close(size(attacked - x, "2"), torch.full((2,), 0.1), rtol=1e-3, atol=0)
+
+
 @settings(max_examples=10)
 @given(st.integers(0, 1000), st.sampled_from(["inf", "2"]))
 def test_the_loss_rises_and_falls_if_targeted(seed: int, norm: Norm) -> None:

@@ -250,7 +250,8 @@ def test_lanczos_in_an_invariant_space() -> None:
     assert spectrum.values[[0, -1]].tolist() == pytest.approx([1, 4])
     heavy = spectrum.weights > 1e-12
     assert heavy.sum() == 2
-    assert spectrum.residuals.max() < 1e-12
+    assert spectrum.residuals[heavy].max() < 1e-12
+    assert spectrum.residuals[~heavy].isinf().all()
     zero = lanczos(lambda v: {"w": 0 * v["w"]}, {"w": a}, random.key(0), 3)
     assert torch.equal(zero.values, torch.zeros(3, dtype=torch.float64))
 
@@ -271,6 +272,15 @@ def test_spectra_of_an_ensemble() -> None:
     assert torch.trapezoid(density, places) == pytest.approx(1, abs=1e-4)
     mean = torch.trapezoid(density * places, places)
     assert mean == pytest.approx(float((together.values * together.weights).sum() / 3), abs=1e-6)
+
+
+def test_what_stands_in_has_no_bound() -> None:
+    """Where every direction is used up before the last step."""
+    diagonal = torch.tensor([1.0, 1.0, 1.0, 5.0, 5.0, 5.0], dtype=torch.float64)
+    spectrum = lanczos(lambda v: {"w": diagonal * v["w"]}, {"w": diagonal}, random.key(0), 6)
+    found = spectrum.residuals.isfinite()
+    close(spectrum.values[found], torch.tensor([1.0, 5.0], dtype=torch.float64))
+    assert spectrum.weights[~found].tolist() == [0] * 4
 
 
 def test_density_of_equal_eigenvalues() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import torch.nn.functional as F
 from typer.testing import CliRunner
 
 from converters import cli, files
@@ -74,6 +75,7 @@ def work(rank: int, folder: str) -> None:
     for x, y in zip(tree.flatten(slopes).values(), expected, strict=True):
         torch.testing.assert_close(x, y)
     assert distributed.least(rank + 3) == 3
+    check_uneven_parts(rank)
     for name in CASES | PARTS:
         now = trained(name, (rank, 2))
         if name == "frozen":
@@ -84,6 +86,29 @@ def work(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+def check_uneven_parts(rank: int) -> None:
+    """Five and three images in two parts each: normalised by what both processes have of a part, all count the same."""
+    params, state = QUIET.init(random.key(0))
+    halves = [(images[:n], labels[:n]) for n, (images, labels) in ((5, batch(1, 7)), (3, batch(2, 7)))]
+
+    def loss(params: Any) -> torch.Tensor:
+        chunks = [[each.tensor_split(2) for each in half] for half in halves]
+        sums = []
+        for i in range(2):
+            images, labels = (torch.cat([half[j][i] for half in chunks]) for j in range(2))
+            logits = QUIET.apply(params, state, images, train=True, statistics="batch")[0]
+            sums.append(F.cross_entropy(logits, labels, reduction="sum"))
+        return sum(sums) / torch.tensor(8.0)
+
+    step, optimizer = make_step(QUIET, sgd(1.0), statistics="global", accumulate=2), sgd(1.0)
+    now, metrics = step(TrainState.start(params, state, optimizer), halves[rank])
+    torch.testing.assert_close(metrics.loss, loss(params))
+    for x, y, z in zip(
+        *(tree.flatten(t).values() for t in (now.params, params, torch.func.grad(loss)(params))), strict=True
+    ):
+        torch.testing.assert_close(x, y - z, rtol=1e-5, atol=1e-6)
+
+
 def test_two_processes_are_one(tmp_path: Path) -> None:
     mp.spawn(work, (str(tmp_path),), nprocs=2)
     for name in CASES:
@@ -92,7 +117,7 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
             together = torch.load(tmp_path / f"{name}-{rank}.pt", weights_only=True)
             for x, y in zip(together, alone, strict=True):
                 torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
-    for name in PARTS:  # of four and three images, in three parts each
+    for name in PARTS:
         one, other = (torch.load(tmp_path / f"{name}-{rank}.pt", weights_only=True) for rank in (0, 1))
         assert all(map(torch.equal, one, other))
 

@@ -18,7 +18,7 @@ from purecnn import random, serial, tree
 from purecnn.layer import Mode
 from purecnn.layers import linear, stateless
 from purecnn.meta import Tasks, adapt, classification_loss, learned_rates, maml_loss, unroll
-from purecnn.optimizers import Optimizer, adamw, rmsprop, sgd
+from purecnn.optimizers import Optimizer, adamw, lamb, lars, rmsprop, sgd
 from purecnn.tree import Tree
 from tests.table import CASES
 
@@ -187,6 +187,21 @@ def test_unrolled_training(optimizer: Optimizer) -> None:
     torch.testing.assert_close(grad(by_rate)(rate), difference, rtol=1e-5, atol=0)
     expected = central(by_params, PARAMS, DIRECTION, 1e-6)
     torch.testing.assert_close(dot(grad(by_params)(PARAMS), DIRECTION), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("optimizer", [lamb(0.1), lars(0.1)], ids=["lamb", "lars"])
+def test_what_gets_no_gradient_spoils_no_derivative(optimizer: Optimizer) -> None:
+    def loss(params: Tree, target: Tensor) -> Tensor:
+        return ((params["w"] * torch.tensor([1.0, 0.0])).sum() - target) ** 2
+
+    def trained(rate: Tensor) -> Tensor:
+        start = {"w": torch.ones(2), "unused": torch.zeros(3)}
+        after, _ = unroll(loss, optimizer, start, torch.zeros(2), learning_rate=rate)
+        return after["w"].sum()
+
+    rate = torch.tensor(0.01)
+    slope = grad(trained)(rate)
+    assert slope == pytest.approx(float(trained(rate + 1e-3) - trained(rate - 1e-3)) / 2e-3, rel=0.02)
 
 
 def test_unrolled_training_goes_on() -> None:

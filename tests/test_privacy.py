@@ -225,6 +225,11 @@ def test_poisson_sampling() -> None:
     assert all(bool((indices.diff() > 0).all()) for indices in chosen)
 
 
+def test_at_rate_one_no_word_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(random, "bits", lambda key, shape: torch.full(shape, 2**32 - 1))
+    assert len(poisson_sample(random.key(0), 3, 1.0)) == 3
+
+
 def test_extreme_rates() -> None:
     assert poisson_sample(random.key(0), 5, 1.0).tolist() == [0, 1, 2, 3, 4]
     assert poisson_sample(random.key(0), 5, 0.0).tolist() == []

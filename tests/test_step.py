@@ -162,12 +162,34 @@ def test_an_infinite_gradient_changes_the_scale_alone() -> None:
     assert after.extra["loss_scale"] == {"scale": 2 * scale, "good": torch.tensor(0)}
 
 
+def test_the_scale_stays_finite() -> None:
+    policy, optimizer = POLICIES["float16"], sgd(0.0)
+    before = start(TINY, optimizer, policy=policy)
+    step = make_step(TINY, optimizer, policy=policy, loss=lambda outputs, labels: 0 * outputs.float().sum())
+    largest = torch.tensor(2.0**127)
+    ready = before._replace(extra={"loss_scale": {"scale": largest, "good": torch.tensor(1999)}})
+    assert step(ready, batch(0), random.key(1))[0].extra["loss_scale"]["scale"] == largest
+
+
 def test_parameters_can_be_kept_in_short_numbers() -> None:
     policy = Policy(parameters=torch.bfloat16, compute=torch.bfloat16)
     optimizer = sgd(0.1, momentum=0.9)
     before = start(TINY, optimizer, policy=policy)
     after, _ = make_step(TINY, optimizer, policy=policy)(before, batch(0), random.key(1))
     assert {leaf.dtype for leaf in tree.flatten(after.params).values()} == {torch.bfloat16}
+
+
+def test_the_average_of_short_numbers_is_kept_in_long_ones() -> None:
+    policy = Policy(parameters=torch.bfloat16)
+    optimizer = sgd(0.0)
+    step = make_step(TINY, optimizer, policy=policy, average=0.999, compile=False)
+    now = start(TINY, optimizer, policy=policy, average=True)
+    now = now._replace(step=torch.tensor(100_000), extra={"average": tree.map(lambda x: x + 1, now.extra["average"])})
+    for i in range(5):
+        now, _ = step(now, batch(i), random.key(1))
+    mean, _ = now.averaged
+    gap = mean["head"]["linear"]["bias"] - now.params["head"]["linear"]["bias"]
+    torch.testing.assert_close(gap, torch.full_like(gap, 0.999**5), rtol=1e-5, atol=0)
 
 
 # Parts of a batch --------------------------------------------------------------------------------------------
@@ -300,6 +322,14 @@ def test_crops_are_windows_of_the_padded_image() -> None:
     many = torch.arange(36).reshape(1, 1, 6, 6).expand(500, 1, 6, 6)
     corners = augment.crop(2, "reflect")(many, random.key(0))[:, 0, 0, 0]
     assert len(corners.unique()) == 9  # 5x5 places, of which reflection makes some alike
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.float16, torch.uint8])
+@pytest.mark.parametrize("mode", ["constant", "reflect"])
+def test_a_crop_without_padding_is_exact(dtype: torch.dtype, mode: str) -> None:
+    images = random.bits(random.key(0), (2, 1, 4, 4)).to(dtype)
+    images = images / 3 if dtype.is_floating_point else images
+    assert torch.equal(augment.crop(0, mode)(images, random.key(1)), images)
 
 
 def test_cutout_hides_one_square() -> None:

@@ -17,7 +17,8 @@ from purecnn.layers import batch_norm, conv, dropout, global_avg_pool, linear, r
 from purecnn.model import Model
 from purecnn.optimizers import Optimizer, adamw, sgd
 from purecnn.paper import Paper
-from purecnn.schedules import cosine
+from purecnn.precision import POLICIES
+from purecnn.schedules import constant, cosine, warmup
 from purecnn.training import (
     Batch,
     DivergedError,
@@ -355,6 +356,28 @@ def test_fit_learns_and_tells() -> None:
     assert equal(fitted.best, copies[best])
     found = evaluate(TINY, fitted.best.params, fitted.best.state, TEST)
     assert (found.loss, found.accuracy) == (rows[best].test_loss, rows[best].test_accuracy)
+
+
+def test_a_resumed_epoch_knows_its_learning_rate() -> None:
+    """Also where steps were skipped, which an optimizer does not count."""
+    policy, settings = POLICIES["float16"], {"epochs": 2, "optimizer": sgd(warmup(4, constant(0.1)), momentum=0.9)}
+    params, state = TINY.init(random.key(0))
+    begin = TrainState.start(params, state, settings["optimizer"], policy=policy)
+    huge = begin._replace(
+        extra={"loss_scale": {"scale": torch.tensor(2.0**120), "good": torch.zeros((), dtype=torch.int64)}}
+    )
+    whole = run(position=Position.start(huge), policy=policy, **settings)
+    kept: list[Position] = []
+
+    def stop(position: Position, metrics: Any) -> bool:
+        kept.append(position._replace(train_state=torch.utils._pytree.tree_map(torch.clone, position.train_state)))
+        return len(kept) == 2
+
+    run(position=Position.start(huge), policy=policy, on_step=stop, **settings)
+    again = run(position=kept[-1], policy=policy, **settings)
+    assert int(kept[-1].train_state.opt_state["step"]) == 0
+    assert [row.learning_rate for row in again.history] == [row.learning_rate for row in whole.history]
+    assert equal(again.train_state, whole.train_state)
 
 
 def test_the_best_epoch_need_not_be_the_last() -> None:
