@@ -97,6 +97,8 @@ def load_source(source: str, name: str | None, *, as_stored: bool = False) -> so
         source = str(existing(Path(source, "checkpoint.safetensors")))
     elif Path(source).suffix:
         existing(Path(source))
+    elif not Path(source).is_file() and not source.isupper():  # as all names of published weights are
+        raise typer.BadParameter(f"there is no file or folder {source}", param_hint="--from")
     try:
         found = sources.load(source, name)
     except sources.NamelessError as error:

@@ -135,8 +135,13 @@ def restore(path: str | os.PathLike[str], found: Contents) -> tuple[About, Tree,
     """
     described = _about(path, found.metadata)
     trees = tree.unflatten(found.tensors)
+    if others := sorted(trees.keys() - {"params", "state"}):
+        raise ConversionError(f"{path} holds more than a network: {tree.some(others)}")
     given = trees.get("params", {}), trees.get("state", {})
-    check(described.model, *given)
+    try:
+        check(described.model, *given)
+    except ConversionError as error:
+        raise ConversionError(f"{path}: {error}") from None
     # safetensors sorts its keys; a model's trees are in the order of the network.
     params, state = (tree.map(lambda _, leaf: leaf, *pair) for pair in zip(described.model.spec(), given, strict=True))
     return described, params, state
@@ -162,6 +167,11 @@ def _about(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> About:
         model = purecnn.create(metadata["model"], **json.loads(metadata["settings"]))
         preprocessing = json.loads(metadata["preprocessing"])
         classes = json.loads(metadata["classes"])
+        if classes is not None:
+            if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+                raise TypeError(f"the names of its classes are a list of strings, found {str(classes)[:80]}")
+            if len(classes) != model.num_classes:
+                raise ValueError(f"{model.name} has {model.num_classes} classes, and there are {len(classes)} names")
         return About(
             model,
             Preprocessing.from_dict(preprocessing) if preprocessing else None,
@@ -169,7 +179,7 @@ def _about(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> About:
             json.loads(metadata["origin"]),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise FileError(f"{path} describes no model that this version of purecnn can build: {error}") from error
+        raise FileError(f"{path} describes no network that this version of purecnn can build: {error}") from error
 
 
 def check(model: Model, params: Tree, state: Tree) -> None:

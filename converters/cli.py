@@ -273,14 +273,17 @@ def predict(
         raise ConversionError(f"{source} does not say how its images are prepared; train or convert it first")
     classes = found.classes or tuple(f"class {i}" for i in range(found.model.num_classes))
     transform = found.preprocessing.evaluation()
+    targets = [out / f"{name}-prediction.png" for name in _unique(path.stem for path in images)]
+    _keep(targets, images)
     pictured = [(path, data.read_image(path)) for path in images]
     results: list[dict[str, Any]] = []
-    for (path, image), name in zip(pictured, _unique(path.stem for path in images), strict=True):
+    for (path, image), target in zip(pictured, targets, strict=True):
         with torch.no_grad():
             logits, _ = found.model.apply(found.params, found.state, transform(image)[None])
+        if not logits.isfinite().all():
+            raise ConversionError(f"{found.model.name} gives logits that are not finite for {path}: see the weights")
         best = logits[0].softmax(0).topk(min(top, len(classes)))
         answers = [(classes[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
-        target = out / f"{name}-prediction.png"
         pictures.prediction(image, answers, target)
         results.append(
             {
@@ -298,6 +301,14 @@ def predict(
         for answer in result["answers"]:
             shown.add_row(answer["class"], f"{answer['probability']:.2%}")
         screen.print(shown)
+
+
+def _keep(targets: Iterable[Path], inputs: Iterable[Path]) -> None:
+    """That nothing is written over what is read."""
+    read = {path.resolve() for path in inputs}
+    for target in targets:
+        if target.resolve() in read:
+            raise typer.BadParameter(f"{target} is read, and would be overwritten", param_hint="--out")
 
 
 def _unique(stems: Iterable[str]) -> list[str]:
@@ -398,6 +409,9 @@ def explain(
     images = pictures_of(images)
     if out.is_dir():
         out = out / "explanation.png"
+    if out.suffix.lower() != ".png":
+        raise typer.BadParameter(f"{out} should end in .png", param_hint="--out")
+    _keep([out], images)
     writable(out.parent)
     found = load_source(source, model)
     methods = list(dict.fromkeys(method or explaining.MethodName))

@@ -10,6 +10,7 @@ Everything here is pure functions, so what a file does is what the function did,
 a training step.
 """
 
+import io
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -120,8 +121,11 @@ def save_program(path: str | os.PathLike[str], program: ExportedProgram, notes: 
         FileError: if the name has another ending.
     """
     _check_ending(path, ".pt2")
+    # By way of memory: where a disk is full, torch would not raise but abort.
+    held = io.BytesIO()
+    torch.export.save(program, held, extra_files=dict(notes or {}))
     with replacing(path) as file:
-        torch.export.save(program, file, extra_files=dict(notes or {}))
+        file.write_bytes(held.getbuffer())
 
 
 def save_onnx(path: str | os.PathLike[str], program: ExportedProgram, notes: Notes | None = None) -> None:
@@ -180,12 +184,16 @@ def package(
         notes: texts to keep in the file's metadata, by names such as ``"classes"``.
 
     Raises:
-        ExportError: if the function's arguments or results are not trees of tensors alone, or the batch is to be open
-            and there are transformations inside.
+        ExportError: if the function's arguments or results are not trees of tensors alone, each with a name of its own,
+            or the batch is to be open and there are transformations inside, or arguments of different first axes.
         FileError: if the name has another ending.
     """
     _check_ending(path, ".pt2")
     given = {name: leaf.contiguous() for name, leaf in _leaves(arguments).items()}  # as `load` hands them over
+    if not given:
+        raise ExportError("a package's function takes at least one tensor")
+    if open_batch:
+        _check_batch(given)
     results: Any = None
 
     def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -259,6 +267,8 @@ def load(path: str | os.PathLike[str]) -> Callable[..., Any]:
         if [leaf.dtype for leaf in tensors] != dtypes or [leaf.shape for leaf in tensors] != shapes:
             for leaf, each, shape, dtype in zip(tensors, expected, shapes, dtypes, strict=True):
                 _check(each["name"], leaf, shape, dtype)
+            if any(shape[:1] == (None,) for shape in shapes):
+                _check_batch({each["name"]: leaf for each, leaf in zip(expected, tensors, strict=True)})
         if any(list(map(is_there, tensors)) != all_there for is_there, all_there in places.values()):
             raise ExportError(f"the package in {path} was made for tensors on {', '.join(sorted(set(devices)))}")
         if is_transformed(*tensors):
@@ -282,6 +292,14 @@ def _check(name: str, leaf: Tensor, shape: tuple[int | None, ...], dtype: torch.
         )
 
 
+def _check_batch(tensors: Mapping[str, Tensor]) -> None:
+    """That an open batch is one number: machine code does not look."""
+    sizes = {name: leaf.shape[0] if leaf.ndim else None for name, leaf in tensors.items()}
+    if None in sizes.values() or len(set(sizes.values())) > 1:
+        words = ", ".join(f"{name} has {'none' if size is None else size}" for name, size in sizes.items())
+        raise ExportError(f"the first axis of every argument is the batch, of one size: {words}")
+
+
 def _check_ending(path: str | os.PathLike[str], ending: str) -> None:
     if Path(path).suffix != ending:
         raise FileError(f"{path} should end in {ending}")
@@ -296,6 +314,8 @@ def _mapped(value: Any, function: Callable[[str, Tensor], Any], path: str = "") 
     if isinstance(value, Tensor):
         return function(path, value)
     if isinstance(value, Mapping):
+        if numbers := [name for name in value if not isinstance(name, str)]:
+            raise ExportError(f"a package's trees have names, found {numbers[0]!r} at {path!r}")
         return {name: inner(name, part) for name, part in value.items()}
     if isinstance(value, (tuple, list)):
         parts = [inner(i, part) for i, part in enumerate(value)]
@@ -308,7 +328,13 @@ def _mapped(value: Any, function: Callable[[str, Tensor], Any], path: str = "") 
 def _leaves(value: Any) -> dict[str, Tensor]:
     """The tensors of a tree by their names."""
     found: dict[str, Tensor] = {}
-    _mapped(value, found.__setitem__)
+
+    def add(name: str, leaf: Tensor) -> None:
+        if name in found:
+            raise ExportError(f"two of a package's tensors are called {name!r}")
+        found[name] = leaf
+
+    _mapped(value, add)
     return found
 
 

@@ -1,5 +1,6 @@
 """Files of tensors: ``.safetensors``, and state_dicts that torch saved. Nothing is ever unpickled but tensors."""
 
+import io
 import json
 import os
 import re
@@ -53,11 +54,7 @@ def contents(path: str | os.PathLike[str]) -> Contents:
         with opened(path) as file:
             tensors = OrderedDict((key, file.get_tensor(key)) for key in file.keys())  # noqa: SIM118, not a mapping
             metadata = file.metadata() or {}
-        if _VERSIONS in metadata:
-            order, versions = json.loads(metadata[_VERSIONS])
-            tensors = OrderedDict((key, tensors[key]) for key in order)
-            tensors._metadata = OrderedDict(versions)  # type: ignore[attr-defined]
-        return Contents(tensors, metadata)
+        return Contents(_as_state_dict(tensors, metadata), metadata)
     _check_there(path)
     try:
         found: Any = torch.load(path, map_location="cpu", weights_only=True)
@@ -71,6 +68,17 @@ def contents(path: str | os.PathLike[str]) -> Contents:
         raise FileError(f"{path} holds tensors under {inside}: save such an entry in a file of its own")
     what = f"a dictionary of {', '.join(map(str, entries))}" if entries else f"a {type(found).__name__}"
     raise FileError(f"{path} holds something else than a dictionary of tensors: {what[:200]}")
+
+
+def _as_state_dict(tensors: "OrderedDict[str, Tensor]", metadata: Mapping[str, str]) -> "OrderedDict[str, Tensor]":
+    """In the order of the state_dict that was written, and with its ``_metadata``, unless others changed the file."""
+    try:
+        order, versions = json.loads(metadata[_VERSIONS])
+        found = OrderedDict((key, tensors[key]) for key in order)
+        found._metadata = OrderedDict(versions)  # type: ignore[attr-defined]
+    except (KeyError, TypeError, ValueError):
+        return tensors
+    return found if found.keys() == tensors.keys() else tensors
 
 
 def _check_there(path: str | os.PathLike[str]) -> None:
@@ -122,7 +130,9 @@ def write(
     """Write tensors, wholly or not at all: safetensors, or a state_dict of torch where the name ends in ``.pth``.
 
     Raises:
-        FileError: if the name has another ending, or there is metadata for a ``.pth`` file, which has no place for it.
+        FileError: if the name has another ending, there is metadata for a ``.pth`` file, which has no place for it, or
+            the disk is full.
+        OSError: if it cannot be written for another reason.
     """
     suffix = Path(path).suffix
     allowed = (".safetensors",) if metadata else (".safetensors", ".pth")
@@ -131,12 +141,17 @@ def write(
         raise FileError(f"{path} should end in {' or '.join(allowed)}{why}")
     with replacing(path) as file:
         if suffix == ".pth":
-            torch.save(tensors, file)
-        else:
-            notes = dict(metadata or {})
-            if versions := getattr(tensors, "_metadata", None):
-                notes[_VERSIONS] = json.dumps([list(tensors), versions])
+            held = io.BytesIO()  # of a full disk torch would say neither that nor the file's name
+            torch.save(tensors, held)
+            file.write_bytes(held.getbuffer())
+            return
+        notes = dict(metadata or {})
+        if versions := getattr(tensors, "_metadata", None):
+            notes[_VERSIONS] = json.dumps([list(tensors), versions])
+        try:
             save_file(_separate(tensors), file, notes)
+        except safetensors.SafetensorError as error:
+            raise FileError(f"{path} cannot be written: {error}") from error
 
 
 def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

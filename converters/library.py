@@ -93,6 +93,8 @@ class Library:
             )
         tensors: dict[str, Tensor] = {}
         for key, tensor in state_dict.items():
+            if not isinstance(key, str):
+                raise ConversionError(f"the names of a state_dict are strings, found {key!r}")
             layer, _, leaf = key.rpartition(".")
             if legacy and any(left.match(layer) for left, _ in legacy.pairs):
                 key = f"{legacy.forward(layer)}.{leaf}"

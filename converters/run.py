@@ -16,6 +16,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -33,7 +34,7 @@ from converters.sources import Source
 from converters.states import Standing
 from purecnn import Model, data, distributed, pictures, random, training, tree
 from purecnn.data import DataSet, Preprocessing
-from purecnn.files import clear, replacing
+from purecnn.files import alone, clear, replacing
 from purecnn.tree import Tree
 
 
@@ -93,7 +94,7 @@ def _some(names: Sequence[str] | None) -> str:
     return ", ".join((names or ())[:5]) + (", ..." if len(names or ()) > 5 else "")
 
 
-def _shown(value: int | list[str]) -> str:
+def _shown(value: Any) -> str:
     return f"{value} pictures" if isinstance(value, int) else _some(value)
 
 
@@ -118,10 +119,9 @@ def check_resumable(options: Options, folder: Path) -> None:
     Raises:
         RunError: that names what differs.
     """
-    path = folder / "config.json"
-    if not path.is_file():
+    before = _config(folder, "options")
+    if before is None:
         return
-    before = json.loads(path.read_text())["options"]
     now = json.loads(json.dumps(asdict(options)))
     different = [name for name in now if name not in ELSEWHERE and before.get(name) != now[name]]
     if different:
@@ -135,12 +135,11 @@ def check_same_data(dataset: DataSet, folder: Path) -> None:
     Raises:
         RunError: that says what was and what is.
     """
-    path = folder / "config.json"
-    if not path.is_file():
+    before, now = _config(folder, "data"), json.loads(json.dumps(_data(dataset)))
+    if before is None:
         return
-    before, now = json.loads(path.read_text())["data"], json.loads(json.dumps(_data(dataset)))
-    different = [name for name in ("classes", "train", "test") if before[name] != now[name]]
-    words = [f"{name} was {_shown(before[name])} and is {_shown(now[name])}" for name in different]
+    different = [name for name in ("classes", "train", "test") if before.get(name) != now[name]]
+    words = [f"{name} was {_shown(before.get(name))} and is {_shown(now[name])}" for name in different]
     if not words and (before.get("digest") or now["digest"]) != now["digest"]:
         words = ["the pictures, their names, order or classes have changed"]
     if words:
@@ -148,6 +147,26 @@ def check_same_data(dataset: DataSet, folder: Path) -> None:
             f"the run in {folder} was begun with other data: {'; '.join(words)}. Bring the pictures back, or begin "
             f"anew in another folder"
         )
+
+
+def _config(folder: Path, part: str) -> dict[str, Any] | None:
+    """What a run's ``config.json`` says of its options or data; None if nothing was begun there.
+
+    Raises:
+        RunError: if it is missing where a run stands, or damaged.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        if states.is_empty(folder / "states"):
+            return None
+        raise RunError(f"{folder} holds where a run stands, but not how it was begun: {path} is missing")
+    try:
+        found = json.loads(path.read_text())[part]
+    except (KeyError, TypeError, ValueError):
+        found = None
+    if not isinstance(found, dict):
+        raise RunError(f"{path} is damaged: it does not say the {part} that the run was begun with")
+    return found
 
 
 class Outcome(NamedTuple):
@@ -190,16 +209,17 @@ def train(
         events: write the rows for TensorBoard, too, into ``events/``.
 
     Raises:
-        RunError: if the folder's run was begun with other data.
+        RunError: if the folder's run was begun with other data, lacks a file, or another process trains there.
         ModuleNotFoundError: if there are to be events, and no ``tensorboard`` is installed.
         DivergedError: if the loss is no longer a number; the folder keeps what came before.
     """
-    run = _Run(options, dataset, source, folder, hooks, every, keep, events)
-    for index in range(run.standing.phase, len(run.phases)):
-        if run.train_phase(index):
-            return run.outcome(stopped=True)
-    run.conclude()
-    return run.outcome(stopped=False)
+    with ExitStack() as held:
+        run = _Run(options, dataset, source, folder, hooks, every, keep, events, held)
+        for index in range(run.standing.phase, len(run.phases)):
+            if run.train_phase(index):
+                return run.outcome(stopped=True)
+        run.conclude()
+        return run.outcome(stopped=False)
 
 
 class _Run:
@@ -215,6 +235,7 @@ class _Run:
         every: float,
         keep: int,
         events: bool,
+        held: ExitStack,
     ) -> None:
         self.options, self.dataset, self.folder, self.hooks = options, dataset, folder, hooks
         self.every, self.keep = every, keep
@@ -240,9 +261,12 @@ class _Run:
         for phase in self.phases:  # what cannot be is to fail before anything is written
             training.make_step(self.model, phase.optimizer, **self._settings(phase))
         self._check_single_pictures()
+        if self.writes and folder.is_dir():
+            _hold(folder, held)
         found = distributed.from_first(_found(folder / "states") if self.writes else None)
         if found:
             check_same_data(dataset, folder)
+            self._check_fits(found)
         self.rows: list[dict[str, Any]] = list(found.rows) if found else []
         self.standing = found or Standing(0, self._begin(self.phases[0]), ())
         if found:
@@ -251,10 +275,20 @@ class _Run:
             if self.writes:
                 clear(folder / "checkpoint.safetensors")  # which is not written again unless a better epoch comes
         elif self.writes:
-            folder.mkdir(parents=True, exist_ok=True)
+            if not folder.is_dir():
+                folder.mkdir(parents=True, exist_ok=True)
+                _hold(folder, held)
             _write_config(folder, options, self.model, dataset, self.prepare)
             with replacing(folder / "example.png") as file:
                 dataset.test[0][0].save(file, format="PNG")
+
+    def _check_fits(self, found: Standing) -> None:
+        """That what a file says of where a run stands can be, and that what was written on the way is there."""
+        if not (0 <= found.phase < len(self.phases) and 0 <= found.position.batch <= self.steps):
+            raise RunError(f"{self.folder / 'states'} says that the run stands where it never does")
+        best = self.folder / "checkpoint.safetensors"
+        if self.writes and found.rows and not best.is_file():
+            raise RunError(f"the run in {self.folder} cannot go on: {best}, its best network, is missing")
 
     def _check_single_pictures(self) -> None:
         """That the network can be trained on one picture, if a step has no more: some have no variance then."""
@@ -391,6 +425,12 @@ class _Run:
         """How it ended."""
         best = report.best_row(self.rows) if self.rows else None
         return Outcome(best, len(self.rows), stopped, sum(row["seconds"] for row in self.rows))
+
+
+def _hold(folder: Path, held: ExitStack) -> None:
+    """Keep a run's folder from other processes, until ``held`` is closed."""
+    if not held.enter_context(alone(folder)):
+        raise RunError(f"another process trains in {folder}")
 
 
 def _found(folder: Path) -> Standing | None:

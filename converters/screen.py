@@ -1,6 +1,7 @@
 """What the commands print: tables and notes for people, JSON for scripts."""
 
 import json
+import math
 import sys
 from typing import Any
 
@@ -22,5 +23,13 @@ def table(*columns: str) -> Table:
 
 
 def print_json(value: Any) -> None:
-    """To standard output, without colours and line breaks of the screen."""
-    print(json.dumps(value, indent=2))
+    """To standard output, without colours and line breaks; what is no finite number is null, as JSON has no others."""
+    print(json.dumps(_finite(value), indent=2, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    return [_finite(part) for part in value] if isinstance(value, (list, tuple)) else value

@@ -12,6 +12,7 @@ from torchvision.models import WeightsEnum
 import purecnn
 from converters import checkpoint, files
 from converters import torchvision as tv
+from converters.files import FileError
 from converters.rules import ConversionError
 from purecnn import Model, tree
 from purecnn.data import Preprocessing
@@ -64,6 +65,8 @@ def load(source: str | os.PathLike[str], name: str | None = None) -> Source:
             if name not in (None, about.model.name):
                 raise ConversionError(f"{path} is a checkpoint of {about.model.name}, not of {name}")
             return Source(about.model, params, state, about.preprocessing, about.classes, about.origin)
+        if (kind := found.metadata.get("format", "")).startswith("purecnn"):
+            raise FileError(f"{path} is no checkpoint of this version of purecnn, but of the format {kind}")
         if name is None:
             raise NamelessError(f"{path} does not say which model its weights are of: name it")
         return _from_state_dict(name, found.tensors, path.name)

@@ -83,21 +83,24 @@ def load(folder: Path) -> Standing | None:
     tensors, metadata = contents(path)
     if metadata.get("format") != FORMAT:
         raise FileError(f"{path} does not hold where a run of this version of purecnn stands")
-    found = json.loads(metadata["standing"])
-    trees = tree.unflatten(tensors)
-    train_state = TrainState(
-        trees["params"], trees.get("state", {}), trees["opt_state"], trees["step"], trees.get("extra", {})
-    )
-    position = Position(
-        train_state,
-        found["epoch"],
-        found["batch"],
-        trees["sums"],
-        found["seconds"],
-        tuple(Epoch(**row) for row in found["history"]),
-        found["learning_rate"],
-    )
-    return Standing(found["phase"], position, tuple(found["rows"]))
+    try:
+        found = json.loads(metadata["standing"])
+        trees = tree.unflatten(tensors)
+        train_state = TrainState(
+            trees["params"], trees.get("state", {}), trees["opt_state"], trees["step"], trees.get("extra", {})
+        )
+        position = Position(
+            train_state,
+            found["epoch"],
+            found["batch"],
+            trees["sums"],
+            found["seconds"],
+            tuple(Epoch(**row) for row in found["history"]),
+            found["learning_rate"],
+        )
+        return Standing(found["phase"], position, tuple(found["rows"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise FileError(f"{path} does not say where a run stands: {error!r}") from error
 
 
 def like(standing: Standing, start: TrainState, device: torch.device) -> Standing:

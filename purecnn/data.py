@@ -88,7 +88,8 @@ def read_image(source: str | os.PathLike[str] | BinaryIO, *, called: str | None 
         image = ImageOps.exif_transpose(file)
         if image.mode in ("RGB", "L"):
             return image
-        if image.mode.startswith("I;16"):  # Pillow's own conversion has changed between clipping and scaling
+        # Pillow's own conversion has changed between clipping and scaling. A PGM's 16 bits come in 32.
+        if image.mode.startswith("I;16") or (image.mode == "I" and file.format == "PPM"):
             return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if image.mode in ("I", "F"):
             raise DataError(f"its pixels (mode {image.mode}) have no fixed range: store it with 8 or 16 bits")
@@ -575,6 +576,9 @@ def _class_folders(half: Path) -> tuple[str, ...]:
     classes = sorted(path.name for path in half.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not classes:
         raise DataError(f"{half} holds no folders: it needs one for each class, with the pictures of that class")
+    for name in classes:
+        if any("\ud800" <= letter <= "\udfff" for letter in name):  # how Python holds bytes that are no text
+            raise DataError(f"the name of the folder {name!r} in {half} is not UTF-8: rename it")
     return tuple(classes)
 
 

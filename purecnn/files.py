@@ -52,6 +52,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
                 os.fsync(written.fileno())
             temporary.chmod(rights)  # some writers, safetensors' among them, put a private file in its place
             temporary.replace(target)
+    except OSError as error:
+        if error.filename is None:  # as when the disk is full
+            error.filename = str(target)
+        raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -62,6 +66,26 @@ def clear(target: Path) -> None:
         with suppress(OSError), _locked(folder, wait=False) as dead:
             if dead and any(folder.iterdir()):  # an empty one may be so new that its owner has yet to lock it
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[bool]:
+    """Keep a folder, and say whether no other process of this machine does; True where there are no locks."""
+    if sys.platform == "win32":
+        yield True
+        return
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        free = True
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            free = False
+        except OSError:  # the file system has no locks
+            pass
+        yield free
+    finally:
+        os.close(handle)
 
 
 @contextmanager

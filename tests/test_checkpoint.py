@@ -1,5 +1,6 @@
 """Checkpoints and files of tensors: what is saved comes back, and bad files are refused by name."""
 
+import errno
 import json
 import os
 import pickle
@@ -13,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.func import vmap
@@ -382,3 +384,65 @@ def test_weights_with_a_thousand_classes_are_imagenets(tmp_path: Path) -> None:
     assert found.classes is not None
     assert found.classes[:2] == ("tench", "goldfish")
     assert found.preprocessing == Preprocessing()
+
+
+def test_a_file_that_others_changed_keeps_all_its_tensors(tmp_path: Path) -> None:
+    module = torch.nn.Linear(2, 3)
+    path = tmp_path / "x.safetensors"
+    for change in ({"extra": torch.zeros(1)}, {"bias": None}):
+        files.write(path, module.state_dict())
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+        changed = {key: leaf for key, leaf in {**module.state_dict(), **change}.items() if leaf is not None}
+        save_file(changed, path, metadata)
+        assert files.read(path).keys() == changed.keys()
+        save_file(changed, path, {**metadata, "torch_metadata": "5"})
+        assert files.read(path).keys() == changed.keys()
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_full_disk_is_an_error_that_names_the_file(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **named: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def refused(*args: Any, **named: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(files, "save_file", refused)
+    path = tmp_path / f"x{suffix}"
+    with pytest.raises((OSError, files.FileError), match=rf"x{suffix}") as caught:
+        files.write(path, {"w": torch.zeros(3)})
+    assert "No space left" in str(caught.value)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("classes", "words"),
+    [(["a", "b"], "10 classes, and there are 2 names"), (list(range(10)), "a list of strings"), ("0123456789", "list")],
+)
+def test_names_in_a_file_are_those_of_its_classes(classes: Any, words: str, tmp_path: Path) -> None:
+    model, path = purecnn.create("lenet5"), tmp_path / "x.safetensors"
+    checkpoint.save(path, model, *model.init(random.key(0)))
+    found = files.contents(path)
+    files.write(path, found.tensors, {**found.metadata, "classes": json.dumps(classes)})
+    with pytest.raises(files.FileError, match=words):
+        checkpoint.load(path)
+
+
+def test_a_checkpoint_holds_a_network_and_nothing_else(tmp_path: Path) -> None:
+    model, path = purecnn.create("lenet5"), tmp_path / "x.safetensors"
+    checkpoint.save(path, model, *model.init(random.key(0)))
+    found = files.contents(path)
+    files.write(path, {**found.tensors, "junk": torch.zeros(1)}, found.metadata)
+    with pytest.raises(ConversionError, match=r"x\.safetensors holds more than a network: junk"):
+        checkpoint.load(path)
+    fewer = {key: leaf for key, leaf in found.tensors.items() if not key.endswith("linear2.bias")}
+    files.write(path, fewer, found.metadata)
+    with pytest.raises(ConversionError, match=r"x\.safetensors: .*linear2\.bias"):
+        checkpoint.load(path)
+    files.write(path, found.tensors, {**found.metadata, "format": "purecnn-99"})
+    with pytest.raises(files.FileError, match="of the format purecnn-99"):
+        sources.load(path)

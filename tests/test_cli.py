@@ -324,6 +324,42 @@ def test_what_is_written_may_be_a_folder_and_names_may_look_like_markup(folder: 
     assert {path.name for path in (folder / "[red]").iterdir()} == {"x.png", "x-prediction.png", "explanation.png"}
 
 
+def test_what_is_read_is_not_overwritten(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = purecnn.create("lenet5")
+    seen = data.Preprocessing(size=32, channels=1, resize=32, mean=(0.0,), std=(1.0,))
+    checkpoint.save("c.safetensors", model, *model.init(random.key(0)), preprocessing=seen)
+    for name in ("a.png", "a-prediction.png"):
+        Image.new("L", (32, 32), 99).save(name)
+    before = Path("a-prediction.png").read_bytes()
+    for words, message in (
+        (("explain", "a.png", "--out", "a.png"), "a.png is read, and would be overwritten"),
+        (("explain", "a.png", "--out", "why.jpg"), "why.jpg should end in .png"),
+        (("explain", "a.png", "--out", "c.safetensors"), "should end in .png"),
+        (("predict", ".", "--out", "."), "a-prediction.png is read, and would be overwritten"),
+        (("predict", "a.png", "--from", "run99"), "there is no file or folder run99"),
+    ):
+        code, error = fails(capsys, monkeypatch, *words, *(() if "--from" in words else ("--from", "c.safetensors")))
+        assert (code, message in error) == (2, True), error
+    assert Path("a-prediction.png").read_bytes() == before
+
+
+def test_numbers_that_are_none(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = purecnn.create("lenet5")
+    params, state = model.init(random.key(0))
+    seen = data.load("digits").preprocessing.adapt(size=32)
+    nothing = purecnn.tree.map(lambda leaf: leaf * torch.nan, params)
+    checkpoint.save("c.safetensors", model, nothing, state, preprocessing=seen, classes=list("0123456789"))
+    Image.new("L", (32, 32)).save("x.png")
+    code, error = fails(capsys, monkeypatch, "predict", "x.png", "--from", "c.safetensors")
+    assert (code, "not finite for x.png" in error) == (1, True), error
+    result = call("evaluate", "c.safetensors", "--data", "digits", "--json")
+    assert json.loads(result.stdout, parse_constant=pytest.fail)["loss"] is None
+
+
 def test_a_batch_of_one_picture_is_refused_at_once_where_a_network_cannot_have_it(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

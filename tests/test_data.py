@@ -1,7 +1,9 @@
 """Data sets, preprocessing and batches, on scikit-learn's digits and on small pictures made here."""
 
 import json
+import os
 import struct
+import sys
 import urllib.error
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -170,6 +172,15 @@ def test_classes_must_agree(folder: Path) -> None:
         data.load(folder)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="names of bytes are Linux's")
+def test_a_class_whose_name_is_no_text_is_named(folder: Path) -> None:
+    for half in folder.iterdir():
+        first = next(path for path in half.iterdir() if path.is_dir())
+        first.rename(os.fsdecode(os.fsencode(half) + b"/caf\xe9"))
+    with pytest.raises(data.DataError, match="is not UTF-8: rename it"):
+        data.load(str(folder))
+
+
 def test_layouts_that_are_no_data_set(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(data.DataError, match=r"must hold train/ and one of val/.*it holds ants/, bees/"):
         data.load(folder / "train")
@@ -243,6 +254,12 @@ def test_read_image_turns_every_mode_into_grey_or_rgb(tmp_path: Path) -> None:
     palette.putpalette([0, 0, 0, 200, 100, 0])
     palette.save(tmp_path / "palette.png", transparency=bytes([0, 255]))
     assert data.read_image(tmp_path / "palette.png").getpixel((0, 0)) == (200, 100, 0)
+
+
+def test_read_image_knows_a_pgm_of_16_bits(tmp_path: Path) -> None:
+    levels = (np.arange(256, dtype=np.uint16) * 256).reshape(16, 16)
+    (tmp_path / "x.pgm").write_bytes(b"P5 16 16 65535\n" + levels.astype(">u2").tobytes())
+    assert np.array_equal(np.asarray(data.read_image(tmp_path / "x.pgm")), levels >> 8)
 
 
 def test_read_image_stands_a_photograph_upright(tmp_path: Path) -> None:

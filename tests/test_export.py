@@ -312,3 +312,33 @@ def test_export_refuses(
     (checkpointed / "x.onnx").write_text("mine")
     assert "x.onnx exists: nothing is overwritten" in refused("x.onnx")
     assert (checkpointed / "x.onnx").read_text() == "mine"
+
+
+@compiles
+def test_an_open_batch_is_one_number(tmp_path: Path) -> None:
+    """Machine code would read beyond the shorter one."""
+    path, x = tmp_path / "x.pt2", torch.ones(3, 4)
+    with pytest.raises(export.ExportError, match="the batch, of one size: 0 has 3, 1 has 2"):
+        export.package(path, lambda a, b: a.sum(1) + b.sum(), x, torch.ones(2), open_batch=True)
+    export.package(path, lambda a, b: a.sum(1) + b, x, torch.ones(3), open_batch=True)
+    loaded = export.load(path)
+    assert loaded(torch.ones(5, 4), torch.ones(5)).tolist() == [5] * 5
+    with pytest.raises(export.ExportError, match="the batch, of one size: 0 has 5, 1 has 2"):
+        loaded(torch.ones(5, 4), torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "words"),
+    [
+        (lambda: torch.ones(1), (), "at least one tensor"),
+        (lambda x: x[0], ({0: torch.ones(1)},), "trees have names, found 0"),
+        (lambda x: {0: x}, (torch.ones(1),), "trees have names, found 0"),
+        (lambda x: x["a.b"], ({"a": {"b": torch.ones(1)}, "a.b": torch.ones(1)},), r"two .* are called '0\.a\.b'"),
+    ],
+)
+def test_each_tensor_of_a_package_has_a_name(
+    function: Any, arguments: tuple[Any, ...], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(export.ExportError, match=words):
+        export.package(tmp_path / "x.pt2", function, *arguments)
+    assert not any(tmp_path.iterdir())

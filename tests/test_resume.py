@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import purecnn
 from converters import cli, files, states, train_command
 from converters.files import FileError
 from purecnn import random
+from purecnn.files import alone
 from purecnn.optimizers import adamw
 from purecnn.training import Position, TrainState
 from tests.test_cli import fails
@@ -298,3 +300,72 @@ def test_damaged_files_are_named(whole: Path, tmp_path: Path) -> None:
     files.write(folder / "00000002.safetensors", {"x": torch.zeros(1)})
     with pytest.raises(FileError, match="does not hold where a run"):
         states.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "words"),
+    [
+        ("config.json", None, "config.json is missing"),
+        ("config.json", "{}", "config.json is damaged"),
+        ("config.json", "", "config.json is damaged"),
+        ("checkpoint.safetensors", None, "its best network, is missing"),
+    ],
+)
+def test_a_run_that_lacks_a_file_does_not_go_on(
+    file: str,
+    text: str | None,
+    words: str,
+    whole: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    (folder / file).unlink()
+    if text is not None:
+        (folder / file).write_text(text)
+    before = sorted(path.name for path in folder.iterdir())
+    code, error = fails(capsys, monkeypatch, *TRAIN, "--out", str(folder), "--resume")
+    assert (code, words in error) == (1, True), error
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"standing": "{}"},
+        {"standing": "no JSON"},
+        {"phase": 7},
+        {"batch": 9999},
+        {"history": [{"epoch": 1}]},
+    ],
+    ids=lambda change: "-".join(map(str, change.items())),
+)
+def test_where_a_run_never_stands(
+    change: dict[str, Any],
+    whole: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    (path,) = (folder / "states").iterdir()
+    tensors, metadata = files.contents(path)
+    standing = change.get("standing") or json.dumps({**json.loads(metadata["standing"]), **change})
+    files.write(path, tensors, {**metadata, "standing": standing})
+    code, error = fails(capsys, monkeypatch, *TRAIN, "--out", str(folder), "--resume")
+    assert (code, "stand" in error) == (1, True), error
+
+
+def test_two_processes_do_not_train_in_one_folder(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    with alone(folder) as free:
+        assert free
+        code, error = fails(capsys, monkeypatch, *TRAIN, "--out", str(folder), "--resume")
+    assert (code, "another process trains in" in error) == (1, True), error
+    assert call(*TRAIN, "--out", str(folder), "--resume").exit_code == 0
