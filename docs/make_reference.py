@@ -28,6 +28,7 @@ ROOMS = {
         "purecnn.privacy",
         "purecnn.ensembles",
         "purecnn.curvature",
+        "purecnn.kfac",
         "purecnn.kernels",
         "purecnn.influence",
         "purecnn.laplace",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, jvp
 
-from purecnn.curvature import Loss, Product, ravel, unravel
+from purecnn.curvature import Loss, Product, dot, ravel, unravel
 from purecnn.eager import is_mapped
 from purecnn.tree import Tree
 
@@ -77,27 +77,28 @@ def conjugate_gradient(
     x = torch.zeros_like(right)
     residual = right
     direction = inverse(residual)
-    square = residual @ direction
-    target = tolerance**2 * (right @ right)
+    square = dot(residual, direction)
+    target = tolerance**2 * dot(right, right)
     iterations = torch.zeros((), dtype=torch.int64, device=right.device)
-    going = right @ right > target
+    going = dot(right, right) > target
     for _ in range(max_iterations):
         # Under vmap and the compiler nobody can look, so what is solved already stands still.
         if not is_mapped() and not going:
             break
         curved = apply(direction)
-        curvature = direction @ curved
+        curvature = dot(direction, curved)
         iterations = iterations + going
         going = going & (curvature > 0)
         step = torch.where(going, square / curvature, 0)
         x = x + step * direction
         residual = residual - step * curved
         nearer = inverse(residual)
-        before, square = square, residual @ nearer
+        before, square = square, dot(residual, nearer)
         direction = torch.where(going, nearer + square / before * direction, direction)
-        going = going & (residual @ residual > target)
-    size = right.norm()
-    relative = torch.where(size > 0, (right - apply(x)).norm() / size, 0)
+        going = going & (dot(residual, residual) > target)
+    left = right - apply(x)
+    size = dot(right, right)
+    relative = torch.where(size > 0, (dot(left, left) / size).sqrt(), 0)
     return Solution(unravel(x * scale, b), relative, iterations, relative <= tolerance)
 
 
