@@ -53,7 +53,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             temporary.chmod(rights)  # some writers, safetensors' among them, put a private file in its place
             temporary.replace(target)
     except OSError as error:
-        if error.filename is None:  # as when the disk is full
+        if error.errno is not None and error.filename is None:  # as when the disk is full
             error.filename = str(target)
         raise
     finally:
