@@ -54,7 +54,7 @@ def conjugate_gradient(
         tolerance: the relative residual at which to stop.
         max_iterations: where to stop at the latest. A direction of no or negative curvature ends it, too.
         preconditioner: something like the inverse of ``A + damping I``, symmetric and positive: the nearer it is, the
-            fewer iterations, as with ``lambda v: kfac.solve(curvature, v, damping)``. By default the identity.
+            fewer iterations. By default the identity.
 
     Returns:
         The last iterate. Whether it solves the equation is in `Solution.converged`: nothing is raised.
