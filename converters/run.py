@@ -261,7 +261,8 @@ class _Run:
         for phase in self.phases:  # what cannot be is to fail before anything is written
             training.make_step(self.model, phase.optimizer, **self._settings(phase))
         self._check_single_pictures()
-        if self.writes and folder.is_dir():
+        held_before = self.writes and folder.is_dir()
+        if held_before:
             _hold(folder, held)
         found = distributed.from_first(_found(folder / "states") if self.writes else None)
         if found:
@@ -275,8 +276,8 @@ class _Run:
             if self.writes:
                 clear(folder / "checkpoint.safetensors")  # which is not written again unless a better epoch comes
         elif self.writes:
-            if not folder.is_dir():
-                folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            if not held_before:
                 _hold(folder, held)
             _write_config(folder, options, self.model, dataset, self.prepare)
             with replacing(folder / "example.png") as file:

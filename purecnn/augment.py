@@ -54,7 +54,7 @@ def crop(padding: int, mode: str = "constant") -> Augment:
 
     def augment(images: Tensor, key: Tensor) -> Tensor:
         batch, _, height, width = images.shape
-        # Reflection is not there for whole numbers; these hold them exactly.
+        # Reflection is not there for whole numbers. These hold them exactly, but for 64 bits beyond 2**53.
         exact = torch.float32 if images.dtype.itemsize <= 2 or images.dtype == torch.float32 else torch.float64
         wide = F.pad(images.to(exact), (padding,) * 4, mode=mode).to(images.dtype)
         top, left = (_integers(random.fold_in(key, i), batch, 2 * padding + 1) for i in range(2))

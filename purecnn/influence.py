@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, jvp
 
-from purecnn.curvature import Loss, Product, dot, ravel, unravel
+from purecnn.curvature import Loss, Product, dot, like, ravel, unravel
 from purecnn.eager import is_mapped
 from purecnn.tree import Tree
 
@@ -69,10 +69,10 @@ def conjugate_gradient(
     right = right / scale
 
     def apply(v: Tensor) -> Tensor:
-        return ravel(product(unravel(v, b))) + damping * v
+        return ravel(like(b, product(unravel(v, b)))) + damping * v
 
     def inverse(v: Tensor) -> Tensor:
-        return v if preconditioner is None else ravel(preconditioner(unravel(v, b)))
+        return v if preconditioner is None else ravel(like(b, preconditioner(unravel(v, b))))
 
     x = torch.zeros_like(right)
     residual = right

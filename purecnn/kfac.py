@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from purecnn import random, tree
+from purecnn.eager import is_transformed
 from purecnn.layer import logits_of
 from purecnn.layers import Convolution, Linear
 from purecnn.model import Model
@@ -134,10 +135,11 @@ def ekfac(
     count = 0
     for recorded, first in _passes(model, params, state, batches, fisher, key, loss, trainable):
         count += len(recorded.losses) * first
+        joint = _joint(recorded.uses)
         rotated: dict[str, Tensor] = {}
         for use in recorded.uses:
             if path := _block(use):
-                read, signal = _operands(recorded, use)
+                read, signal = _operands(recorded, use, path in joint)
                 gradient = (signal @ leaves[path].outputs).mT @ (read @ leaves[path].inputs)
                 rotated[path] = rotated[path] + gradient if path in rotated else gradient
         for path, gradient in rotated.items():
@@ -168,7 +170,8 @@ def solve(curvature: Tree, v: Tree, damping: float | Tensor) -> Tree:
     Args:
         curvature: of `kfac` or `ekfac`.
         v: a tree of the parameters that it is of.
-        damping: positive. A tenth of the eigenvalues' mean is a usual choice (arXiv:2308.03296); block by block it is
+        damping: positive, which a tensor is not asked for. A tenth of the eigenvalues' mean is a usual choice
+            (arXiv:2308.03296); block by block it is
             ``matrix_function(curvature, lambda values: 1 / (values + values.mean() / 10), v)``.
 
     Raises:
@@ -204,23 +207,32 @@ def matrix_function(curvature: Tree, function: Callable[[Tensor], Tensor], v: Tr
         if name not in v:
             continue
         if isinstance(own, Tensor):
-            result[name] = function(own) * v[name]
+            _check_fits(name, own.shape, v[name].shape)
+            result[name] = function(own).to(v[name].dtype) * v[name]
         elif not isinstance(own, Block):
             result[name] = matrix_function(own, function, v[name])
         else:
-            weight = v[name]
-            inputs = weight[0].numel()
-            matrix = weight.reshape(len(own.values), -1, inputs)
-            if joint := own.inputs.shape[-1] > inputs and "bias" in v:
-                matrix = torch.cat([matrix, v["bias"].reshape(len(matrix), -1, 1)], 2)
+            groups, outputs, inputs = own.values.shape
+            names = [name, "bias"] if "bias" in v and "bias" not in curvature else [name]
+            columns = [v[each].reshape(len(v[each]), -1) for each in names]
+            matrix = torch.cat(columns, 1).to(own.values.dtype)
+            _check_fits(name, (groups * outputs, inputs), matrix.shape)
+            matrix = matrix.reshape(own.values.shape)
             turned = function(own.values) * (own.outputs.mT @ matrix @ own.inputs)
-            matrix = own.outputs @ turned @ own.inputs.mT
-            result[name] = matrix[..., :inputs].reshape(weight.shape)
-            if joint:
-                result["bias"] = matrix[..., inputs].reshape(v["bias"].shape)
+            matrix = (own.outputs @ turned @ own.inputs.mT).reshape(groups * outputs, inputs)
+            for each, piece in zip(names, torch.split(matrix, [part.shape[1] for part in columns], 1), strict=True):
+                result[each] = piece.reshape(v[each].shape).to(v[each].dtype)
     if result.keys() != v.keys():
         raise ValueError(f"the curvature is of other parameters than the vector: {sorted(curvature)} and {sorted(v)}")
     return {name: result[name] for name in v}
+
+
+def _check_fits(name: str, expected: tuple[int, ...], found: tuple[int, ...]) -> None:
+    if found != expected:
+        raise ValueError(
+            f"the curvature is of other parameters than the vector: at {name!r} expected {tuple(expected)}, "
+            f"found {tuple(found)}"
+        )
 
 
 def eigenvalues(curvature: Tree) -> Tensor:
@@ -254,20 +266,21 @@ def _factored(
     reads: dict[str, Tensor] = {}
     signals: dict[str, Tensor] = {}
     positions: dict[str, int] = {}
-    diagonal = {path: torch.zeros_like(leaf) for path, leaf in partition(params, trainable)[0].items()}
+    diagonal = {path: _long(torch.zeros_like(leaf)) for path, leaf in partition(params, trainable)[0].items()}
     count = 0
     for recorded, first in _passes(model, params, state, batches, fisher, key, loss, trainable):
         count += len(recorded.losses) * first
+        joint = _joint(recorded.uses)
         single: dict[str, Tensor] = {}
         for use in recorded.uses:
             names = use.names
             if path := _block(use):
-                read, signal = _operands(recorded, use)
+                read, signal = _operands(recorded, use, path in joint)
                 if first:  # what was read is the same in every pass over the same images
                     reads[path] = _moments(read) + reads.get(path, 0)
                     positions[path] = len(read) * read.shape[2] + positions.get(path, 0)
                 signals[path] = _moments(signal) + signals.get(path, 0)
-                own = ("weight", "bias") if _is_joint(use) else ("weight",)
+                own = ("weight", "bias") if path in joint else ("weight",)
                 for name in own:
                     diagonal.pop(use.paths[name], None)
                 names = tuple(name for name in names if name not in own)
@@ -275,13 +288,13 @@ def _factored(
                 place = use.paths[name]
                 single[place] = single[place] + gradient if place in single else gradient
         for place, gradient in single.items():
-            diagonal[place] = diagonal[place] + gradient.square().sum(0)
+            diagonal[place] = diagonal[place] + _long(gradient).square().sum(0)
     if not count:
         raise ValueError("there are no images to take the curvature of")
     found: dict[str, Any] = {place: square / count for place, square in diagonal.items()}
     for path, moments in reads.items():
-        inner, inputs = _eigen(moments / count)
-        outer, outputs = _eigen(signals[path] / positions[path])
+        inner, inputs = _eigen(moments / count, path)
+        outer, outputs = _eigen(signals[path] / positions[path], path)
         found[path] = Block(outputs, inputs, outer[:, :, None] * inner[:, None])
     return tree.unflatten({path: found[path] for path in tree.flatten(params) if path in found})
 
@@ -309,9 +322,8 @@ def _passes(
         raise ValueError(f"the {fisher} Fisher information is that of cross-entropy: a loss is for fisher='empirical'")
     criterion = (loss or model.loss or loss_function) if fisher == "empirical" else loss_function
     device = tree.device(params)
-    for number, (images, labels) in enumerate(batches):
-        if not len(images):
-            continue
+    params, state = tree.map(torch.detach, params), tree.map(torch.detach, state)
+    for number, (images, labels) in enumerate(batch for batch in batches if len(batch[0])):
         images, labels = images.to(device), labels.to(device)
 
         def pass_of(labels: Tensor, images: Tensor = images) -> Recorded:
@@ -321,7 +333,7 @@ def _passes(
             yield pass_of(labels), True
             continue
         with torch.no_grad():
-            shares = logits_of(model.apply(params, state, images)[0]).softmax(1)
+            shares = _long(logits_of(model.apply(params, state, images)[0])).softmax(1)
         if key is not None and fisher == "sampled":
             drawn = random.uniform(random.fold_in(key, number).to(device), (len(images), 1))
             yield pass_of((shares.cumsum(1) < drawn).sum(1).clamp(max=shares.shape[1] - 1)), True
@@ -340,17 +352,28 @@ def _block(use: Use) -> str | None:
     return None
 
 
-def _is_joint(use: Use) -> bool:
-    """Whether the bias is trained and lies beside the weight."""
-    return "bias" in use.names and use.paths["bias"].rpartition(".")[0] == use.paths["weight"].rpartition(".")[0]
+def _joint(uses: list[Use]) -> set[str]:
+    """The paths of the weights whose block is that of a bias, too: it is trained and lies beside the weight, wherever
+    that is used."""
+    found: dict[str, bool] = {}
+    for use in uses:
+        if path := _block(use):
+            beside = "bias" in use.names and use.paths["bias"].rpartition(".")[0] == path.rpartition(".")[0]
+            found[path] = found.get(path, True) and beside
+    return {path for path, joint in found.items() if joint}
 
 
-def _operands(recorded: Recorded, use: Use) -> tuple[Tensor, Tensor]:
+def _operands(recorded: Recorded, use: Use, joint: bool) -> tuple[Tensor, Tensor]:
     """What was read, ones for a bias included, and what flowed back: (batch, groups, positions, inputs or outputs)."""
     read, signal = operands(use, recorded.parameters(use)["weight"])
-    if _is_joint(use):
+    if joint:
         read = torch.cat([read, torch.ones_like(read[..., :1])], -1)
-    return read, signal
+    return _long(read), _long(signal)
+
+
+def _long(x: Tensor) -> Tensor:
+    """At least in single precision: sums of short numbers stand still."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _moments(x: Tensor) -> Tensor:
@@ -359,7 +382,9 @@ def _moments(x: Tensor) -> Tensor:
     return columns.mT @ columns
 
 
-def _eigen(moments: Tensor) -> tuple[Tensor, Tensor]:
+def _eigen(moments: Tensor, path: str) -> tuple[Tensor, Tensor]:
     """Eigenvalues and eigenvectors of each group, found in double precision; rounding makes none negative."""
+    if not is_transformed() and not moments.isfinite().all():
+        raise ValueError(f"what {path!r} reads, or its gradients, are not finite")
     values, vectors = torch.linalg.eigh(moments.double())
     return values.clamp(min=0).to(moments.dtype), vectors.to(moments.dtype)

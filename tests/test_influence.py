@@ -207,3 +207,12 @@ def test_small_vectors_are_no_zeros() -> None:
     small = conjugate_gradient(lambda v: {"w": torch.tensor([1.0, 4.0]) * v["w"]}, {"w": torch.full((2,), 1e-25)})
     torch.testing.assert_close(small.x["w"] * 1e25, torch.tensor([1.0, 0.25]))
     assert small.converged
+
+
+def test_products_may_be_in_another_order() -> None:
+    b = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([1.0, 5.0, 3.0])}
+    solution = conjugate_gradient(
+        lambda v: {"b": 3 * v["b"], "a": 2 * v["a"]}, b, preconditioner=lambda v: {"b": v["b"] / 3, "a": v["a"] / 2}
+    )
+    assert (int(solution.iterations), bool(solution.converged)) == (1, True)
+    torch.testing.assert_close(solution.x["b"], b["b"] / 3)

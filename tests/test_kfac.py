@@ -278,12 +278,61 @@ def test_what_a_network_does_not_run_has_no_curvature() -> None:
     assert not solve(curvature, params, 1.0)["aux"]["bias"].isnan().any()
 
 
-def test_nothing_is_changed_and_batches_do_not_matter() -> None:
+@each_method
+def test_nothing_is_changed_and_batches_do_not_matter(method: Method) -> None:
     inputs = [IMAGES, *tree.flatten(PARAMS).values(), *tree.flatten(STATE).values()]
     versions = [leaf._version for leaf in inputs]
-    whole = matrix(ekfac(MODEL, PARAMS, STATE, [(IMAGES, LABELS)], fisher="expected"))
-    close(matrix(ekfac(MODEL, PARAMS, STATE, BATCHES, fisher="expected")), whole)
+    whole = matrix(method(MODEL, PARAMS, STATE, [(IMAGES, LABELS)], fisher="expected"))
+    close(matrix(method(MODEL, PARAMS, STATE, BATCHES, fisher="expected")), whole)
+    empty = IMAGES[:0], LABELS[:0]
+    close(matrix(method(MODEL, PARAMS, STATE, [empty, *BATCHES, empty], fisher="expected")), whole)
+    sampled = matrix(method(MODEL, PARAMS, STATE, BATCHES, key=random.key(2)))
+    close(matrix(method(MODEL, PARAMS, STATE, [empty, *BATCHES], key=random.key(2))), sampled)
     assert versions == [leaf._version for leaf in inputs]
+
+
+def test_each_batch_draws_labels_of_its_own() -> None:
+    often = kfac(MODEL, PARAMS, STATE, [BATCHES[0]] * 8, key=random.key(2))
+    once = kfac(MODEL, PARAMS, STATE, BATCHES[:1], key=random.key(2))
+    assert not torch.allclose(matrix(often), matrix(once), rtol=1e-3, atol=0)
+
+
+def test_no_derivative_passes() -> None:
+    params = tree.map(lambda leaf: leaf.clone().requires_grad_(), PARAMS)
+    assert not eigenvalues(ekfac(MODEL, params, STATE, BATCHES, fisher="empirical")).requires_grad
+
+
+def test_short_numbers_are_summed_in_long_ones() -> None:
+    model = purecnn.create("lenet5")
+    params, state = model.init(random.key(0))
+    images = random.normal(random.key(1), (300, 1, 32, 32))
+    batches = [(image[None], torch.tensor([i % 10])) for i, image in enumerate(images)]
+    short = [(image.bfloat16(), label) for image, label in batches]
+    long = eigenvalues(kfac(model, params, state, batches, fisher="empirical")).sum()
+    params = tree.map(Tensor.bfloat16, params)
+    curvature = kfac(model, params, state, short, fisher="empirical")
+    torch.testing.assert_close(eigenvalues(curvature).sum(), long, rtol=0.05, atol=0)
+    assert solve(curvature, params, 0.1)["head"]["linear"]["weight"].dtype == torch.bfloat16
+
+
+def test_a_borrowed_weight_beside_another_bias() -> None:
+    """Its block is the weight's alone, and both biases have the diagonal."""
+    own = linear(2)
+
+    def apply(params: Tree, state: Tree, x: Tensor, mode: Mode) -> tuple[Tensor, Tree]:
+        y, _ = own.apply(params["a"], {}, x, mode.enter("a"))
+        return own.apply({**params["a"], "bias": params["b"]["bias"]}, {}, y.tanh(), mode.enter("b"))[0], state
+
+    def init(x: Any, mode: Mode) -> tuple[Tree, Tree, Any]:
+        params, _, y = own.init(x, mode.enter("a"))
+        return {"a": params, "b": {"bias": params["bias"] + 1}}, {}, y
+
+    model = model_of(serial(pool=global_avg_pool, twice=Layer(init, apply, frozenset(("a", "b"))), head=linear(3)))
+    params, state = map(double, model.init(random.key(0)))
+    curvature = ekfac(model, params, state, [(IMAGES, LABELS)], fisher="empirical")
+    rows = vmap(ravel)(per_sample_gradients(model, params, state, (IMAGES, LABELS)))
+    close(eigenvalues(curvature).sum(), rows.square().sum(1).mean())
+    assert curvature["twice"]["a"]["bias"].shape == curvature["twice"]["b"]["bias"].shape == (2,)
 
 
 def test_members_of_an_ensemble() -> None:
@@ -332,6 +381,9 @@ def test_it_makes_conjugate_gradients_converge_sooner() -> None:
 # Misuse --------------------------------------------------------------------------------------------------------
 
 
+HEAD = kfac(MODEL, PARAMS, STATE, BATCHES, fisher="empirical")["head"]
+
+
 def call(method: Method = kfac, batches: Any = BATCHES, **settings: Any) -> Tree:
     return method(MODEL, PARAMS, STATE, batches, **settings)
 
@@ -346,6 +398,10 @@ def call(method: Method = kfac, batches: Any = BATCHES, **settings: Any) -> Tree
         (lambda: call(ekfac, iter(BATCHES), fisher="empirical"), "this is an iterator"),
         (lambda: solve({"w": torch.ones(1)}, {"w": torch.ones(1)}, 0.0), "damping must be positive, found 0.0"),
         (lambda: product({"w": torch.ones(1)}, {"v": torch.ones(1)}), "of other parameters"),
+        (lambda: product({"w": torch.ones(3)}, {"w": torch.ones(1)}), r"at 'w' expected \(3,\), found \(1,\)"),
+        (lambda: product(HEAD, {"linear": {"weight": PARAMS["head"]["linear"]["weight"]}}), r"found \(3, 6\)"),
+        (lambda: product(HEAD, {"linear": {"weight": torch.ones(5, 6), "bias": torch.ones(5)}}), r"found \(5, 7\)"),
+        (lambda: call(batches=[(IMAGES * torch.nan, LABELS)], fisher="empirical"), "'stem.conv.weight' reads, or its"),
         (lambda: product(call(fisher="empirical")["head"], {"linear": {"bias": torch.ones(3)}}), "of other parameters"),
     ],
 )
