@@ -576,6 +576,8 @@ def _class_folders(half: Path) -> tuple[str, ...]:
     classes = sorted(path.name for path in half.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not classes:
         raise DataError(f"{half} holds no folders: it needs one for each class, with the pictures of that class")
+    if len(classes) == 1:
+        raise DataError(f"{half} holds one class, {classes[0]}, and there is nothing to tell it from")
     for name in classes:
         if any("\ud800" <= letter <= "\udfff" for letter in name):  # how Python holds bytes that are no text
             raise DataError(f"the name of the folder {name!r} in {half} is not UTF-8: rename it")

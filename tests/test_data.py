@@ -188,6 +188,10 @@ def test_layouts_that_are_no_data_set(tmp_path: Path, folder: Path) -> None:
     (tmp_path / "flat" / "val").mkdir()
     with pytest.raises(data.DataError, match="train holds no folders"):
         data.load(tmp_path / "flat")
+    for half in ("train", "val"):
+        (tmp_path / "flat" / half / "ants").mkdir()
+    with pytest.raises(data.DataError, match="train holds one class, ants"):
+        data.load(tmp_path / "flat")
     (folder / "train" / "wasps").mkdir()
     (folder / "val" / "wasps").mkdir()
     with pytest.raises(data.DataError, match=r"no pictures in .*train.wasps"):
