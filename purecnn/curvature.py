@@ -129,7 +129,7 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum()
 
 
-def like(params: Tree, v: Tree) -> Tree:
+def ordered(params: Tree, v: Tree) -> Tree:
     """A tree in the order of another one, on which ``torch.func`` insists."""
     return tree.map(lambda _, leaf: leaf, params, v)
 
@@ -150,7 +150,7 @@ def hvp(loss: Loss, params: Tree, v: Tree) -> Tree:
     >>> hvp(lambda p: (p["w"] ** 3).sum(), {"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([1.0, 1.0])})
     {'w': tensor([ 6., 12.])}
     """
-    return jvp(grad(loss), (params,), (like(params, v),))[1]
+    return jvp(grad(loss), (params,), (ordered(params, v),))[1]
 
 
 def ggn_product(outputs: Callable[[Tree], Tensor], loss: Callable[[Tensor], Tensor], params: Tree, v: Tree) -> Tree:
@@ -171,7 +171,7 @@ def ggn_product(outputs: Callable[[Tree], Tensor], loss: Callable[[Tensor], Tens
     {'w': tensor([ 4., 16.])}
     """
     at, pull = vjp(outputs, params)[:2]
-    along = jvp(outputs, (params,), (like(params, v),))[1]
+    along = jvp(outputs, (params,), (ordered(params, v),))[1]
     curved = jvp(grad(loss), (at,), (along,))[1]
     return pull(curved)[0]
 
@@ -358,10 +358,10 @@ def lanczos(product: Product, params: Tree, key: Tensor, steps: int) -> Spectrum
     betas: list[Tensor] = []
     made: list[Tensor] = []
     for _ in range(min(steps, len(like))):
+        made.append(alive)
         w = ravel(product(unravel(v, params)))
         # Where all directions are used up there is no vector left. A number from within the spectrum, without weight,
         # stands for the missing ones, because a loop under vmap cannot end early.
-        made.append(alive)
         alphas.append(torch.where(alive, dot(v, w), alphas[0] if alphas else 0))
         for _ in range(2):  # one pass leaves rounding errors that grow
             for q in basis:

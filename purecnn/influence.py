@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, jvp
 
-from purecnn.curvature import Loss, Product, dot, like, ravel, unravel
+from purecnn.curvature import Loss, Product, dot, ordered, ravel, unravel
 from purecnn.eager import is_mapped
 from purecnn.tree import Tree
 
@@ -69,10 +69,10 @@ def conjugate_gradient(
     right = right / scale
 
     def apply(v: Tensor) -> Tensor:
-        return ravel(like(b, product(unravel(v, b)))) + damping * v
+        return ravel(ordered(b, product(unravel(v, b)))) + damping * v
 
     def inverse(v: Tensor) -> Tensor:
-        return v if preconditioner is None else ravel(like(b, preconditioner(unravel(v, b))))
+        return v if preconditioner is None else ravel(ordered(b, preconditioner(unravel(v, b))))
 
     x = torch.zeros_like(right)
     residual = right
@@ -121,7 +121,6 @@ def influence(
     damping: float = 0.0,
     tolerance: float = 1e-5,
     max_iterations: int = 100,
-    preconditioner: Product | None = None,
 ) -> Influence:
     """Predict how a measure changes when each training example is left out in turn.
 
@@ -134,7 +133,7 @@ def influence(
         train_losses: from parameters to the loss of each of the ``n`` training examples, (n,).
         measure: from parameters to a scalar, such as the loss of a test image.
         params: the objective's minimum.
-        damping, tolerance, max_iterations, preconditioner: see `conjugate_gradient`.
+        damping, tolerance, max_iterations: see `conjugate_gradient`.
 
     >>> x = torch.tensor([1.0, 2.0, 6.0])  # their mean minimises the squared error
     >>> squares = lambda p: (p["mean"] - x) ** 2 / 2
@@ -142,12 +141,7 @@ def influence(
     tensor([ 0.6667,  0.3333, -1.0000])
     """
     solution = conjugate_gradient(
-        product,
-        grad(measure)(params),
-        damping=damping,
-        tolerance=tolerance,
-        max_iterations=max_iterations,
-        preconditioner=preconditioner,
+        product, grad(measure)(params), damping=damping, tolerance=tolerance, max_iterations=max_iterations
     )
     slopes = jvp(train_losses, (params,), (solution.x,))[1]
     return Influence(slopes / len(slopes), solution)

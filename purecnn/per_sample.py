@@ -286,8 +286,8 @@ class _Gradients(NamedTuple):
         squares = torch.zeros_like(self.recorded.losses)
         for gradient in self.direct.values():
             # Row by row: of millions of numbers at once torch's norm is too small, by 0.05 % of nine million.
-            rows_ = gradient.flatten(2) if gradient.ndim > 2 else gradient[..., None]
-            squares = squares + torch.linalg.vector_norm(rows_, dim=-1).square().reshape(len(gradient), -1).sum(1)
+            parts = gradient.flatten(2) if gradient.ndim > 2 else gradient[..., None]
+            squares = squares + torch.linalg.vector_norm(parts, dim=-1).square().reshape(len(gradient), -1).sum(1)
         for use, weight in self.ghosts.values():
             squares = squares + _ghost(use, weight)
         return squares.clamp(min=0).sqrt()
