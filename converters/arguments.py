@@ -86,7 +86,7 @@ def pictures_of(paths: list[Path]) -> list[Path]:
     return found
 
 
-def load_source(source: str, name: str | None, *, as_stored: bool = False) -> sources.Source:
+def load_source(source: str, name: str | None, entry: str | None = None, *, as_stored: bool = False) -> sources.Source:
     """As `converters.sources.load`, with names checked as arguments, and in single precision unless ``as_stored``.
 
     A run's folder means its checkpoint.
@@ -100,7 +100,7 @@ def load_source(source: str, name: str | None, *, as_stored: bool = False) -> so
     elif not Path(source).is_file() and not source.isupper():  # as all names of published weights are
         raise typer.BadParameter(f"there is no file or folder {source}", param_hint="--from")
     try:
-        found = sources.load(source, name)
+        found = sources.load(source, name, entry)
     except sources.NamelessError as error:
         raise typer.BadParameter(f"{error} by --model NAME", param_hint="--model") from None
     return found if as_stored else found.single()

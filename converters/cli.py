@@ -325,6 +325,9 @@ def convert(
     source: Annotated[str, typer.Argument(help="A checkpoint, a file in torchvision's names, or DEFAULT.")],
     target: Annotated[Path, typer.Argument(help="The file to write: .safetensors, or .pth with --to torchvision.")],
     model: Annotated[str | None, typer.Option("--model", help="Of weights that do not say it themselves.")] = None,
+    entry: Annotated[
+        str | None, typer.Option(help="Of a file that holds several state_dicts, such as model_ema: which.")
+    ] = None,
     to: Annotated[run.FormatName, typer.Option(help="Whose names the file has.")] = run.FormatName.purecnn,
 ) -> None:
     """Convert torchvision's weights to a checkpoint, or a checkpoint to torchvision's state_dict."""
@@ -336,7 +339,7 @@ def convert(
             param_hint="TARGET",
         )
     writable(target.parent)
-    found = load_source(source, model, as_stored=True)
+    found = load_source(source, model, entry, as_stored=True)
     if to is run.FormatName.purecnn:
         checkpoint.save(
             target,

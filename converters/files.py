@@ -35,16 +35,20 @@ class Contents(NamedTuple):
     """What a ``.safetensors`` file says of itself; of another file nothing is known."""
 
 
-def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of a ``.safetensors`` file, or of any other that holds nothing but a state_dict saved by torch.
+def read(path: str | os.PathLike[str], entry: str | None = None) -> dict[str, Tensor]:
+    """The tensors of a ``.safetensors`` file, or of a state_dict saved by torch, alone or in a dictionary.
+
+    Args:
+        path: the file.
+        entry: where in a dictionary they are, such as ``"model_ema"``; needed if there is more than one state_dict.
 
     Raises:
         FileError: if the file is missing, damaged or of another kind.
     """
-    return contents(path).tensors
+    return contents(path, entry).tensors
 
 
-def contents(path: str | os.PathLike[str]) -> Contents:
+def contents(path: str | os.PathLike[str], entry: str | None = None) -> Contents:
     """As `read`, with what the file says of its tensors: both are of one file, even if somebody replaces it meanwhile.
 
     Raises:
@@ -54,18 +58,24 @@ def contents(path: str | os.PathLike[str]) -> Contents:
         with opened(path) as file:
             tensors = OrderedDict((key, file.get_tensor(key)) for key in file.keys())  # noqa: SIM118, not a mapping
             metadata = file.metadata() or {}
+        if entry is not None:
+            raise FileError(f"{path} holds tensors and no dictionaries, so there is no entry {entry!r}")
         return Contents(_as_state_dict(tensors, metadata), metadata)
     _check_there(path)
     try:
         found: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise FileError(f"{path} {_refusal(path, error)}") from None  # torch advises to trust the file
-    if _is_state_dict(found):
+    if _is_state_dict(found) and entry is None:
         return Contents(found, {})
     entries = found if isinstance(found, dict) else {}
-    inside = " and under ".join(repr(key) for key, entry in entries.items() if _is_state_dict(entry) and entry)
-    if inside:
-        raise FileError(f"{path} holds tensors under {inside}: save such an entry in a file of its own")
+    inside = {key: value for key, value in entries.items() if _is_state_dict(value) and value}
+    if entry in inside or (entry is None and len(inside) == 1):
+        return Contents(inside[entry] if entry is not None else next(iter(inside.values())), {})
+    if inside or entry is not None:
+        there = " and under ".join(map(repr, inside)) or "no name"
+        which = "say which of them, as entry" if entry is None else f"there is no such entry as {entry!r}"
+        raise FileError(f"{path} holds tensors under {there}: {which}")
     what = f"a dictionary of {', '.join(map(str, entries))}" if entries else f"a {type(found).__name__}"
     raise FileError(f"{path} holds something else than a dictionary of tensors: {what[:200]}")
 
@@ -143,7 +153,8 @@ def write(
         if suffix == ".pth":
             held = io.BytesIO()  # of a full disk torch would say neither that nor the file's name
             torch.save(tensors, held)
-            file.write_bytes(held.getbuffer())
+            with held.getbuffer() as view:  # let go of even if that fails, before its owner is
+                file.write_bytes(view)
             return
         notes = dict(metadata or {})
         if versions := getattr(tensors, "_metadata", None):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from converters.rules import ConversionError, Rules, leaves, to_tensors, to_trees
+from converters.rules import ConversionError, Rules, leaves, to_tensors, to_trees, wrapping
 from purecnn import Model, tree
 from purecnn.tree import Tree
 
@@ -70,6 +70,29 @@ class Library:
         """
         params, _ = leaves(model, self.family(model).rules(model))
         return next(leaf.key for leaf in params if leaf.path.startswith("head.") and leaf.path.endswith(".weight"))
+
+    def sizes(self, model: Model, state_dict: Mapping[str, Tensor]) -> tuple[int, int]:
+        """How many classes and channels of images a state_dict has; the model's own where it does not tell.
+
+        Raises:
+            ConversionError: if the library does not have the model.
+        """
+        params, _ = leaves(model, self.family(model).rules(model))
+        first = next((leaf for leaf in params if leaf.meta.ndim == 4 and leaf.meta.shape[1] == model.in_channels), None)
+        stem = state_dict.get(first.key) if first else None
+        head = state_dict.get(self.head_key(model))
+        classes = model.num_classes if head is None or not head.ndim else len(head)
+        return classes, model.in_channels if stem is None or stem.ndim != 4 else stem.shape[1]
+
+    def unwrapped(self, model: Model, state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """A state_dict without what a wrapper, such as DataParallel or torch.compile, puts before all its names.
+
+        Raises:
+            ConversionError: if the library does not have the model.
+        """
+        expected = {leaf.key for part in leaves(model, self.family(model).rules(model)) for leaf in part}
+        prefix = wrapping([*state_dict], expected) or ""
+        return {key.removeprefix(prefix): tensor for key, tensor in state_dict.items()}
 
     def from_state_dict(self, model: Model, state_dict: Mapping[str, Tensor]) -> tuple[Tree, Tree]:
         """Parameters and running statistics from the library's state_dict.

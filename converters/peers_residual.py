@@ -178,6 +178,32 @@ def _cbam_resnet(model: Model) -> nn.Module:
     return net
 
 
+def _bam_resnet_rules(model: Model) -> Rules:
+    """pytorchcv counts a module to the first block of the stage after it."""
+    theirs, ours = "features.stage{s+1}.unit1.bam", "stage{s}.bam"
+    return Rules(
+        *under("features.init_block.conv", "stem", BASIC),
+        *after(f"{UNIT}.res_unit.body.conv{{i}}", OURS, "{i}"),
+        *under(f"{UNIT}.res_unit.identity_conv", f"{OURS}.shortcut", BASIC),
+        *under(
+            f"{theirs}.ch_att",
+            f"{ours}.channel",
+            [("init_fc.fc", "squeeze"), ("init_fc.bn", "norm"), ("final_fc", "expand")],
+        ),
+        (f"{theirs}.sp_att.init_conv.conv", f"{ours}.spatial.reduce"),
+        (f"{theirs}.sp_att.init_conv.bn", f"{ours}.spatial.norm"),
+        *after(f"{theirs}.sp_att.dil_convs.conv{{i}}", f"{ours}.spatial", "{i}"),
+        (f"{theirs}.sp_att.final_conv", f"{ours}.spatial.project"),
+        ("output", "head.linear"),
+    )
+
+
+def _bam_resnet(model: Model) -> nn.Module:
+    from pytorchcv.models.bamresnet import BamResNet
+
+    return any_size(BamResNet(_bottlenecks(model), 64, bottleneck=True, **channels(model)))
+
+
 def _pyramidnet_cifar_rules(model: Model) -> Rules:
     return Rules(
         *under("features.init_block", "stem", BASIC),
@@ -272,6 +298,7 @@ PYTORCHCV: dict[str, Family] = {
     "seresnet50": Family(_seresnet_rules, _seresnet),
     "seresnext50_32x4d": Family(_seresnet_rules, _seresnext),
     "senet154": Family(_senet_rules, _senet),
+    "bam_resnet50": Family(_bam_resnet_rules, _bam_resnet),
     "cbam_resnet50": Family(_cbam_resnet_rules, _cbam_resnet),
     "pyramidnet110_a48_cifar": Family(_pyramidnet_cifar_rules, _pyramidnet_cifar),
     "resattnet56": Family(_resattnet_rules, _resattnet),

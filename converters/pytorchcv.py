@@ -7,10 +7,10 @@
 `to_state_dict` and `to_module` do: ``pip install pytorchcv``.
 """
 
-from converters import peers_historic, peers_inception, peers_residual
+from converters import peers_historic, peers_inception, peers_multipath, peers_residual
 from converters.library import Library
 
-FAMILIES = peers_historic.PYTORCHCV | peers_residual.PYTORCHCV | peers_inception.PYTORCHCV
+FAMILIES = peers_historic.PYTORCHCV | peers_residual.PYTORCHCV | peers_inception.PYTORCHCV | peers_multipath.PYTORCHCV
 """By the model's name."""
 
 LIBRARY = Library("pytorchcv", lambda model: FAMILIES.get(model.name))

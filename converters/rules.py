@@ -152,7 +152,7 @@ def to_trees(model: Model, rules: Rules, tensors: Mapping[str, Tensor]) -> tuple
         for key, meta in expected.items()
         if key in tensors and not _fits(tensors[key], meta)
     ]
-    if prefix := _wrapped(names, expected):
+    if prefix := wrapping(names, expected):
         raise ConversionError(
             f"all names begin with {prefix!r}, put there by a wrapper such as DataParallel or torch.compile: "
             f"save {{key.removeprefix({prefix!r}): tensor for key, tensor in state_dict.items()}}"
@@ -170,7 +170,7 @@ def to_trees(model: Model, rules: Rules, tensors: Mapping[str, Tensor]) -> tuple
     return first, second
 
 
-def _wrapped(names: Sequence[str], expected: Collection[str]) -> str | None:
+def wrapping(names: Sequence[str], expected: Collection[str]) -> str | None:
     """What all names begin with, where expected ones come after it."""
     beginnings = [name[: dot.end()] for name in names[:1] for dot in re.finditer(r"\.", name)]
     shared = [each for each in beginnings if all(name.startswith(each) for name in names)]

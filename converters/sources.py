@@ -44,13 +44,14 @@ class NamelessError(ConversionError):
     """Nothing says which model the weights are of."""
 
 
-def load(source: str | os.PathLike[str], name: str | None = None) -> Source:
+def load(source: str | os.PathLike[str], name: str | None = None, entry: str | None = None) -> Source:
     """A network with weights.
 
     Args:
         source: a checkpoint of ours; a ``.safetensors`` or ``.pth`` file in torchvision's names; or the name of
             weights that torchvision publishes, such as ``DEFAULT``.
         name: the model's; a checkpoint knows it, the others need it.
+        entry: see `converters.files.read`.
 
     Raises:
         FileError: if the file is missing, damaged or of another kind.
@@ -59,7 +60,7 @@ def load(source: str | os.PathLike[str], name: str | None = None) -> Source:
     """
     path = Path(source)
     if path.is_file() or path.suffix:
-        found = files.contents(path)
+        found = files.contents(path, entry)
         if checkpoint.is_checkpoint(found):
             about, params, state = checkpoint.restore(path, found)
             if name not in (None, about.model.name):
@@ -84,16 +85,18 @@ def _published(name: str, entry: WeightsEnum) -> Model:
 
 
 def _from_state_dict(name: str, state_dict: Mapping[str, Tensor], file: str) -> Source:
-    """With as many classes as the weights have; if they are ImageNet's thousand, with its preprocessing and names.
+    """With as many classes and channels as the weights have; if they are ImageNet's, with its preprocessing and names.
 
-    Which of the published weights they are tells the file's name; if it is none of theirs, they count as the default.
+    What a wrapper, such as DataParallel, puts before all names is left out. Which of the published weights they are
+    tells the file's name; if it is none of theirs, they count as the default.
     """
     model = purecnn.create(name)
+    state_dict = tv.unwrapped(model, state_dict)
     published = next((entry for entry in tv.weights_entries(model) if entry.url.endswith(f"/{file}")), None)
     entry = published or tv.weights_entry(model)
-    last = tv.head_key(model)
-    if last in state_dict and len(state_dict[last]) != model.num_classes:
-        model = purecnn.create(name, num_classes=len(state_dict[last]))
+    classes, channels = tv.sizes(model, state_dict)
+    if (classes, channels) != (model.num_classes, model.in_channels):
+        model = purecnn.create(name, num_classes=classes, in_channels=channels)
         return Source(model, *tv.from_state_dict(model, state_dict), None, None, None)
     model = _published(name, entry)
     trees = tv.from_state_dict(model, state_dict)

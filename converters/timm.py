@@ -7,13 +7,13 @@
 `pretrained`: ``pip install timm``.
 """
 
-from converters import peers_inception, peers_residual
+from converters import peers_inception, peers_multipath, peers_residual
 from converters.library import Library
 from converters.rules import ConversionError
 from purecnn import Model
 from purecnn.tree import Tree
 
-FAMILIES = peers_residual.TIMM | peers_inception.TIMM
+FAMILIES = peers_residual.TIMM | peers_inception.TIMM | peers_multipath.TIMM
 """By the model's name."""
 
 NAMES = {
@@ -27,6 +27,13 @@ NAMES = {
     "senet154": "senet154.gluon_in1k",
     "nasnet_a_large": "nasnetalarge.tf_in1k",
     "pnasnet5_large": "pnasnet5large.tf_in1k",
+    "dpn68": "dpn68.mx_in1k",
+    "dpn92": "dpn92.mx_in1k",
+    "dpn98": "dpn98.mx_in1k",
+    "dpn131": "dpn131.mx_in1k",
+    "dpn107": "dpn107.mx_in1k",
+    "resnest50": "resnest50d.in1k",
+    "resnest101": "resnest101e.in1k",
 }
 """Ours, and timm's names of the published weights that fit; those of MobileNet v1 go with ReLU6."""
 

@@ -35,6 +35,7 @@ class Geometry(NamedTuple):
 
     stride: int
     padding: tuple[int, int]
+    dilation: int
     groups: int
     image: tuple[int, int]
     """Height and width of the input, pixels."""
@@ -45,7 +46,13 @@ class Geometry(NamedTuple):
 
 
 def conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: tuple[int, int], groups: int
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    padding: tuple[int, int],
+    groups: int,
+    dilation: int = 1,
 ) -> Tensor:
     """``torch.conv2d``, except under ``vmap``: there a faster of several ways to the same sums.
 
@@ -56,6 +63,7 @@ def conv2d(
         stride: step of the kernel, pixels.
         padding: zeros on each side, pixels, of height and width.
         groups: channels are convolved in this many separate groups.
+        dilation: step from one of the kernel's weights to the next, pixels.
 
     >>> x, weights = torch.ones(1, 1, 4, 4), torch.ones(5, 2, 1, 3, 3)
     >>> torch.func.vmap(lambda weight: conv2d(x, weight, None, 1, (0, 0), 1))(weights).shape
@@ -63,21 +71,21 @@ def conv2d(
     """
     # The compiler cannot look, and chooses kernels of its own.
     if torch.compiler.is_compiling() or not (_is_mapped(weight) or (weight.requires_grad and _is_mapped(x))):
-        return torch.conv2d(x, weight, bias, stride, padding, 1, groups)
+        return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
     if derivatives().forward > 1:  # of a Function's forward derivative torch knows no forward derivative: it gives zero
-        return torch.conv2d(x, weight, bias, stride, padding, 1, groups)
+        return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
     height, width, rows, columns = *x.shape[-2:], *weight.shape[-2:]
-    geometry = Geometry(stride, padding, groups, (height, width), (rows, columns), x.shape[1])
+    geometry = Geometry(stride, padding, dilation, groups, (height, width), (rows, columns), x.shape[1])
     if not _is_mapped(weight):
         if not x.is_cpu or weight.numel() < LARGE_WEIGHT or not _few_pixels(len(x), len(weight), geometry):
-            return torch.conv2d(x, weight, bias, stride, padding, 1, groups)
+            return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
         result: Tensor = _Product.apply(x, weight, None, bias, geometry)
         return result
     if groups == 1 and geometry.image == geometry.kernel == (1, 1) and padding == (0, 0):
         return F.linear(x[..., 0, 0], weight[..., 0, 0], bias)[..., None, None]
     # Images that all members share are convolved with one wide kernel already.
     if not _is_mapped(x) or not x.is_cpu or not _one_by_one(x.shape, weight.shape, geometry):
-        return torch.conv2d(x, weight, bias, stride, padding, 1, groups)
+        return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
     result = _Product.apply(x, weight, None, bias, geometry)
     return result
 
@@ -85,7 +93,8 @@ def conv2d(
 def _output(geometry: Geometry) -> int:
     """Pixels that come out of an image."""
     sides = zip(geometry.image, geometry.padding, geometry.kernel, strict=True)
-    return math.prod((n + 2 * pad - k) // geometry.stride + 1 for n, pad, k in sides)
+    reach = ((n + 2 * pad, geometry.dilation * (k - 1) + 1) for n, pad, k in sides)
+    return math.prod((n - k) // geometry.stride + 1 for n, k in reach)
 
 
 def _few_pixels(batch: int, features: int, geometry: Geometry) -> bool:
@@ -116,19 +125,20 @@ def _is_mapped(tensor: Tensor) -> bool:
 
 def _product(x: Any, weight: Any, signal: Any, bias: Any, geometry: Geometry) -> Tensor:
     """The one of the three that is None, see `_Product`; a convolution is the case without a signal."""
-    stride, padding, groups, image, kernel, channels = geometry
+    stride, padding, dilation, groups, image, kernel, channels = geometry
     if signal is None:
-        return torch.conv2d(x, weight, bias, stride, padding, 1, groups)
+        return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
     if x is None:
         shape = [len(signal), channels, *image]
-        return conv2d_input(shape, weight, signal, stride, padding, 1, groups)  # type: ignore[no-untyped-call]
+        return conv2d_input(shape, weight, signal, stride, padding, dilation, groups)  # type: ignore[no-untyped-call]
     shape = [signal.shape[1], channels // groups, *kernel]
-    return conv2d_weight(x, shape, signal, stride, padding, 1, groups)  # type: ignore[no-untyped-call]
+    return conv2d_weight(x, shape, signal, stride, padding, dilation, groups)  # type: ignore[no-untyped-call]
 
 
 def _weights(x: Tensor, signal: Tensor, geometry: Geometry) -> Tensor:
     """The gradients of the members' weights, by products of matrices: (members, features, channels, *kernel)."""
-    patches = F.unfold(x.flatten(0, 1), geometry.kernel, padding=geometry.padding, stride=geometry.stride)
+    stride, padding, dilation, *_ = geometry
+    patches = F.unfold(x.flatten(0, 1), geometry.kernel, dilation, padding, stride)
     patches = rearrange(patches, "(m b) weight pixels -> m weight (b pixels)", m=len(x))
     signals = rearrange(signal, "m b features h w -> m features (b h w)")
     rows, columns = geometry.kernel

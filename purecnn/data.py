@@ -764,8 +764,13 @@ def _apart(start: Callable[[], _Result]) -> _Result:
         except BaseException as error:
             found.set_exception(error)
 
-    threading.Thread(target=run).start()
-    return found.result()
+    with _STARTING:
+        threading.Thread(target=run).start()
+        return found.result()
+
+
+_STARTING = threading.Lock()
+"""Held by who starts processes from a thread: filelock, which torch brings along, lets two of them not fork at once."""
 
 
 _GENERATOR = threading.RLock()

@@ -109,7 +109,8 @@ def pack(model: Model, params: Tree, state: Tree, images: Tensor) -> tuple[Model
         kind = layer.kind
         if isinstance(kind, Convolution) and (path := places.get(id(params["weight"]))) is not None:
             weight = params["weight"].detach().to_mkldnn()
-            leaves[path] = _reorder(weight, list(kind.padding), [kind.stride] * 2, [1, 1], kind.groups, list(x.shape))
+            strides, dilations = [kind.stride] * 2, [kind.dilation] * 2
+            leaves[path] = _reorder(weight, list(kind.padding), strides, dilations, kind.groups, list(x.shape))
         return layer.apply(params, state, x, mode)
 
     with torch.no_grad():
@@ -214,8 +215,9 @@ def _with_packed_weight(layer: Layer, params: Tree, state: Tree, x: Any) -> Any:
         return None
     if is_transformed(x) and not torch.compiler.is_compiling():
         raise ValueError("a packed network has no derivatives and cannot be mapped: use the folded one")
+    weight, bias, strides, dilations = params["weight"], params.get("bias"), [kind.stride] * 2, [kind.dilation] * 2
     return torch.ops.mkldnn._convolution_pointwise(
-        x, params["weight"], params.get("bias"), kind.padding, [kind.stride] * 2, [1, 1], kind.groups, "none", [], ""
+        x, weight, bias, kind.padding, strides, dilations, kind.groups, "none", [], ""
     )
 
 

@@ -148,6 +148,26 @@ _After: TypeAlias = tuple[Any, Tree]
 """By a name, because the compiler cannot subscript types in functions inside of functions."""
 
 
+def drawn(layer: Layer, law: Law) -> Layer:
+    """The layer, its parameters drawn by ``law``, unless a law of the run says otherwise.
+
+    >>> from purecnn.layers import linear
+    >>> ones = drawn(linear(2), lambda path, shape: 1.0 if path.endswith("weight") else None)
+    >>> ones.init(torch.empty(1, 3, device="meta"), Mode(key=random.key(0)))[0]["weight"]
+    tensor([[1., 1., 1.],
+            [1., 1., 1.]])
+    """
+
+    def init(x: Any, mode: Mode) -> tuple[Tree, Tree, Any]:
+        def chosen(path: str, shape: tuple[int, ...]) -> Initializer | float | None:
+            found = None if mode.law is None else mode.law(path, shape)
+            return law(path, shape) if found is None else found
+
+        return layer.init(x, mode._replace(law=chosen))
+
+    return Layer(init, layer.apply, layer.names, layer.kind)
+
+
 def _blame(error: Exception, name: str, x: Any) -> None:
     """Note on a passing exception in which layer it arose; every level on the way up prepends its name."""
     if torch.compiler.is_compiling():  # which cannot trace notes

@@ -53,6 +53,7 @@ class Convolution(NamedTuple):
     stride: int
     padding: tuple[int, int]
     groups: int
+    dilation: int = 1
 
 
 class Linear(NamedTuple):
@@ -177,6 +178,7 @@ def conv(
     padding: Pair | None = None,
     *,
     groups: int = 1,
+    dilation: int = 1,
     bias: bool = False,
     init: Initializer | None = None,
     bias_init: Initializer | float | None = None,
@@ -187,15 +189,16 @@ def conv(
         features: output channels.
         kernel: height and width of the kernel, pixels.
         stride: step of the kernel, pixels.
-        padding: zeros on each side, pixels; by default ``(kernel - 1) // 2``, which at stride 1 keeps the size of an
-            image if the kernel is odd; an even one makes it a pixel smaller.
+        padding: zeros on each side, pixels; by default ``dilation * (kernel - 1) // 2``, which at stride 1 keeps the
+            size of an image if the kernel is odd; an even one makes it a pixel smaller.
         groups: channels are convolved in this many separate groups.
+        dilation: step from one of the kernel's weights to the next, pixels.
         bias: add a number to each output channel.
         init: of the weight ``(features, c / groups, *kernel)``; by default uniform on ``+-1 / sqrt(fan_in)``.
         bias_init: likewise.
     """
     height, width = _pair(kernel)
-    pad = _pair(((height - 1) // 2, (width - 1) // 2) if padding is None else padding)
+    pad = _pair((dilation * (height - 1) // 2, dilation * (width - 1) // 2) if padding is None else padding)
     draw = init or initializers.fan_in_uniform()
 
     def leaves(x: Tensor) -> Leaves:
@@ -204,9 +207,9 @@ def conv(
         return {"weight": weight, **_bias(bias, features, fan_in, bias_init)}, {}
 
     def apply(params: Tree, state: Tree, x: Tensor, mode: Mode) -> tuple[Tensor, Tree]:
-        return conv2d(x, params["weight"], params.get("bias"), stride, pad, groups), state
+        return conv2d(x, params["weight"], params.get("bias"), stride, pad, groups, dilation), state
 
-    kind = Convolution(stride, pad, groups)
+    kind = Convolution(stride, pad, groups, dilation)
     return parametric(leaves, apply, "weight", *(["bias"] if bias else []), kind=kind)
 
 
@@ -265,7 +268,7 @@ def _along(values: Tensor, x: Tensor) -> Tensor:
     return values.view(-1, *(1,) * (x.ndim - 2))
 
 
-def batch_norm(eps: float = 1e-5, momentum: float = 0.1, *, scale: bool = True) -> Layer:
+def batch_norm(eps: float = 1e-5, momentum: float = 0.1, *, scale: bool = True, groups: int = 32) -> Layer:
     """Batch normalisation of each channel (Ioffe and Szegedy 2015, arXiv:1502.03167, algorithm 1).
 
     ``(b, c, h, w) -> (b, c, h, w)``.
@@ -278,11 +281,12 @@ def batch_norm(eps: float = 1e-5, momentum: float = 0.1, *, scale: bool = True) 
         eps: keeps the division finite.
         momentum: the share of the running statistics that a batch replaces.
         scale: whether there is a weight; without, it is one.
+        groups: of the normalisation that may stand in its stead; 1 suits vectors, whose channels have one value each.
 
     Raises:
         ValueError: in training, if a channel has but one value; if the images have longer numbers than the statistics.
     """
-    group = group_norm(eps=eps, scale=scale)
+    group = group_norm(groups, eps, scale=scale)
 
     def leaves(x: Tensor) -> Leaves:
         shape = (x.shape[1],)

@@ -223,14 +223,14 @@ def operands(use: Use, weight: Tensor) -> tuple[Tensor, Tensor]:
     kind = use.layer.kind
     if not isinstance(kind, Convolution):
         return rows(use.x)[:, None], rows(use.y)[:, None]
-    patches = F.unfold(use.x, weight.shape[2:], padding=kind.padding, stride=kind.stride)
+    patches = F.unfold(use.x, weight.shape[2:], kind.dilation, kind.padding, kind.stride)
     read, signal = (rearrange(values, "n (g c) t -> n g t c", g=kind.groups) for values in (patches, use.y.flatten(2)))
     return read, signal
 
 
 def conv_weight(kind: Convolution, x: Tensor, weight: Tensor, signal: Tensor) -> Tensor:
     """The gradient of a convolution's weight, summed over the images."""
-    stride, padding, dilation = [kind.stride] * 2, list(kind.padding), [1, 1]
+    stride, padding, dilation = [kind.stride] * 2, list(kind.padding), [kind.dilation] * 2
     _, gradient, _ = torch.ops.aten.convolution_backward(
         signal, x, weight, None, stride, padding, dilation, False, [0, 0], kind.groups, [False, True, False]
     )

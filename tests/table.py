@@ -89,6 +89,7 @@ TABLE = {
     "resnet56_cifar": Row(853_018, peer=None, image_size=32),
     "resnet110_cifar": Row(1_727_962, peer=None, image_size=32),
     "resnet50_v1": Row(25_557_032, peer=None),
+    "resnet110_stochastic_cifar": Row(1_727_962, _DEPTH, None, 32),
     "preactresnet50": Row(25_549_352, peer=None),
     "preactresnet164_cifar": Row(1_703_258, peer=None, image_size=32),
     "fractalnet_cifar": Row(33_724_618, _FRACTAL, None, 32),
@@ -101,6 +102,8 @@ TABLE = {
     "seresnet50": Row(28_088_024, _DROP, None),
     "seresnext50_32x4d": Row(27_559_896, _DROP, None),
     "senet154": Row(115_088_984, _DROP, None),
+    "capsnet": Row(8_215_568, peer=None, image_size=28),
+    "bam_resnet50": Row(25_915_099, peer=None),
     "cbam_resnet50": Row(28_089_624, peer=None),
     # The survey prints 36.92 million; the authors' table 36.9.
     "cmpe_se_wideresnet28_10_cifar": Row(36_883_234, _DROP, None, 32),
@@ -115,6 +118,17 @@ TABLE = {
     "nasnet_a_large": Row(88_753_150, _DROP, peer=None, image_size=331),
     "pnasnet5_large": Row(86_057_668, _DROP, peer=None, image_size=331),
     "mnasnet_a1": Row(3_887_038, _DROP, peer=None),
+    "dpn68": Row(12_611_602, peer=None),
+    "dpn92": Row(37_668_392, peer=None),
+    "dpn98": Row(61_570_728, peer=None),
+    "dpn131": Row(79_254_504, peer=None),
+    "dpn107": Row(86_917_800, peer=None),
+    "resnest50": Row(27_483_240, peer=None),
+    "resnest101": Row(48_275_016, peer=None),
+    "delugenet146_cifar": Row(6_686_250, peer=None, image_size=32),
+    "delugenet218_cifar": Row(9_981_738, peer=None, image_size=32),
+    "wide_delugenet146_cifar": Row(20_150_658, peer=None, image_size=32),
+    "amoebanet_d": Row(46_095_080, _DROP, None),
     "airbench94": Row(1_971_640, peer=None, image_size=32),
     "mobilenet_v2": Row(3_504_872, _DROP),
     "shufflenet_v2_x0_5": Row(1_366_792),
@@ -213,6 +227,9 @@ CASES = {
     ),
     "resnet_cifar": Case("resnet20_cifar", {"num_classes": 5, "depths": (1, 2, 1), "widths": (4, 6, 8)}, 16),
     "resnet_v1": Case("resnet50_v1", {"num_classes": 5, "depths": (2, 1)}, 33),
+    "stochastic_depth": Case(
+        "resnet110_stochastic_cifar", {"num_classes": 5, "depths": (1, 2, 1), "widths": (4, 6, 8)}, 16
+    ),
     "preactresnet": Case("preactresnet50", {"num_classes": 5, "depths": (2, 1), "widths": (16, 24)}, 33),
     "wideresnet_cifar": Case(
         "wideresnet28_10_cifar",
@@ -223,6 +240,10 @@ CASES = {
         "densenetbc100_k12_cifar", {"num_classes": 5, "depths": (2, 1), "growth": 4, "dropout": 0.3}, 16
     ),
     "senet": Case("senet154", {"num_classes": 5, "depths": (1, 2), "groups": 4}, 33),
+    "capsnet": Case(
+        "capsnet", {"num_classes": 5, "width": 8, "maps": 2, "size": 4, "class_size": 6, "image_size": 21}, 21
+    ),
+    "bam": Case("bam_resnet50", {"num_classes": 5, "depths": (2, 1)}, 33),
     "cbam": Case("cbam_resnet50", {"num_classes": 5, "depths": (2, 1)}, 33),
     "pyramidnet": Case("pyramidnet110_a48_cifar", {"num_classes": 5, "depths": (2, 1), "widening": 6}, 17),
     "cmpe_se": Case(
@@ -246,6 +267,17 @@ CASES = {
     ),
     "nasnet": Case("nasnet_a_mobile", {"num_classes": 5, "depth": 2, "width": 96, "stem_width": 6}, 48),
     "pnasnet": Case("pnasnet5_large", {"num_classes": 5, "depth": 2, "width": 80, "stem_width": 6}, 48),
+    "dpn": Case(
+        "dpn92",
+        {"num_classes": 5, "depths": (2, 1), "growths": (2, 4), "width": 8, "inner": 8, "groups": 4, "stem_width": 6},
+        33,
+    ),
+    # The gate's statistics are of one value per image, in any size.
+    "resnest": Case(
+        "resnest50", {"num_classes": 5, "depths": (2, 1), "groups": 2, "width_per_group": 8, "stem_width": 6}, 33
+    ),
+    "amoebanet": Case("amoebanet_d", {"num_classes": 5, "width": 16, "stem_width": 6}, 48),
+    "delugenet": Case("delugenet146_cifar", {"num_classes": 5, "depths": (2, 1, 2), "width": 8}, 16),
     "mnasnet_a1": Case(
         "mnasnet_a1", {"num_classes": 5, "stages": ((6, 3, 16, 2, 2, False), (3, 5, 24, 2, 2, True)), "width": 0.5}, 33
     ),

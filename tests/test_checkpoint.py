@@ -298,7 +298,10 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
 def test_what_else_a_file_may_hold_is_named(tmp_path: Path) -> None:
     weights = {"weight": torch.zeros(1)}
     for found, message in [
-        ({"state_dict": weights, "ema": weights, "x": weights["weight"]}, "under 'state_dict' and under 'ema'"),
+        (
+            {"state_dict": weights, "ema": weights, "x": weights["weight"]},
+            "under 'state_dict' and under 'ema': say which",
+        ),
         ({"epoch": 3, "optimizer": {}}, "a dictionary of epoch, optimizer"),
         ([torch.zeros(1)], "of tensors: a list"),
         (torch.zeros(1), "of tensors: a Tensor"),
@@ -306,6 +309,23 @@ def test_what_else_a_file_may_hold_is_named(tmp_path: Path) -> None:
         torch.save(found, tmp_path / "x.pth")
         with pytest.raises(files.FileError, match=rf"x\.pth holds .*{message}"):
             files.read(tmp_path / "x.pth")
+
+
+def test_a_state_dict_in_a_training_checkpoint(tmp_path: Path) -> None:
+    first, second = {"weight": torch.zeros(1)}, {"weight": torch.ones(1)}
+    path = tmp_path / "x.pth"
+    torch.save({"model": first, "optimizer": {"state": {0: second}}, "epoch": 3}, path)
+    assert files.read(path) == files.read(path, "model") == first
+    torch.save({"model": first, "model_ema": second}, path)
+    assert files.read(path, "model_ema") == second
+    with pytest.raises(files.FileError, match="under 'model' and under 'model_ema': there is no such entry as 'ema'"):
+        files.read(path, "ema")
+    torch.save(first, path)
+    with pytest.raises(files.FileError, match="under no name: there is no such entry as 'model'"):
+        files.read(path, "model")
+    files.write(tmp_path / "x.safetensors", first)
+    with pytest.raises(files.FileError, match="no dictionaries, so there is no entry 'model'"):
+        files.read(tmp_path / "x.safetensors", "model")
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol 4")

@@ -196,6 +196,21 @@ def test_convert_there_and_back(folder: Path) -> None:
     assert all(torch.equal(back[key], tensor) for key, tensor in state_dict.items())
 
 
+def test_convert_what_a_wrapped_grey_network_left_of_its_training(folder: Path) -> None:
+    model = purecnn.create("squeezenet1_1", num_classes=7, in_channels=1)
+    state_dict = tv.to_state_dict(model, *model.init(random.key(0)))
+    wrapped = {f"module.{key}": tensor for key, tensor in state_dict.items()}
+    torch.save({"model": wrapped, "ema": wrapped, "epoch": 3}, "run.pth")
+    words = ("convert", "run.pth", "ours.safetensors", "--model", "squeezenet1_1")
+    assert "say which" in str(call(*words).exception)
+    assert not Path("ours.safetensors").exists()
+    result = call(*words, "--entry", "model")
+    assert result.exit_code == 0, result.output
+    found, params, state = checkpoint.load("ours.safetensors")
+    assert (found.num_classes, found.in_channels) == (7, 1)
+    assert all(torch.equal(tensor, state_dict[key]) for key, tensor in tv.to_state_dict(found, params, state).items())
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_weights_of_other_types_are_computed_with_and_converted_as_they_are(folder: Path, dtype: torch.dtype) -> None:
     model = purecnn.create("lenet5")

@@ -167,6 +167,7 @@ def test_own_gradients_of_images_by_few_pixels(derivative: Any, monkeypatch: pyt
     kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     stride=st.integers(1, 3),
     padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
+    dilation=st.integers(1, 2),
     bias=st.booleans(),
     size=st.sampled_from([(5, 4), (3, 3), (1, 1)]),
     dim=st.integers(0, 4),
@@ -178,11 +179,12 @@ def test_any_geometry(
     kernel: tuple[int, int],
     stride: int,
     padding: tuple[int, int],
+    dilation: int,
     bias: bool,
     size: tuple[int, int],
     dim: int,
 ) -> None:
-    assume(all(n + 2 * p >= k for n, p, k in zip(size, padding, kernel, strict=True)))
+    assume(all(n + 2 * p > dilation * (k - 1) for n, p, k in zip(size, padding, kernel, strict=True)))
     inputs, features = (groups * count for count in per_group)
     x, weight = draw(MEMBERS, 2, inputs, *size).movedim(0, dim), draw(MEMBERS, features, per_group[0], *kernel, seed=1)
     biases = draw(MEMBERS, features, seed=2) if bias else None
@@ -193,11 +195,12 @@ def test_any_geometry(
     with pytest.MonkeyPatch.context() as patch:
         go(way, patch)
         mapped = vmap(
-            objective(lambda x, w, b: conv2d(x, w, b, stride, padding, groups)), in_dims=(dim, 0, 0 if bias else None)
+            objective(lambda x, w, b: conv2d(x, w, b, stride, padding, groups, dilation)),
+            in_dims=(dim, 0, 0 if bias else None),
         )
         found = mapped(x, weight, biases)
     for i in range(MEMBERS):
-        expected = objective(lambda x, w, b: torch.conv2d(x, w, b, stride, padding, 1, groups))(
+        expected = objective(lambda x, w, b: torch.conv2d(x, w, b, stride, padding, dilation, groups))(
             x.select(dim, i), weight[i], biases[i] if biases is not None else None
         )
         assert_close(tuple(t[i] for t in found), expected)

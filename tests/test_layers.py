@@ -36,8 +36,9 @@ def run(layer: Layer, x: Tensor, mode: Mode = TRAIN) -> tuple[Tensor, dict[str, 
     kernel=st.integers(1, 4),
     stride=st.integers(1, 3),
     padding=st.none() | st.integers(0, 2),
+    dilation=st.integers(1, 2),
     bias=st.booleans(),
-    size=st.tuples(st.integers(4, 9), st.integers(4, 9)),
+    size=st.tuples(st.integers(7, 9), st.integers(7, 9)),
 )
 def test_conv_is_torchs(
     groups: int,
@@ -45,14 +46,15 @@ def test_conv_is_torchs(
     kernel: int,
     stride: int,
     padding: int | None,
+    dilation: int,
     bias: bool,
     size: tuple[int, int],
 ) -> None:
     inputs, features = (groups * count for count in per_group)
     x = images(2, inputs, *size)
-    y, params, _ = run(conv(features, kernel, stride, padding, groups=groups, bias=bias), x)
-    pad = (kernel - 1) // 2 if padding is None else padding
-    module = nn.Conv2d(inputs, features, kernel, stride, pad, groups=groups, bias=bias)
+    y, params, _ = run(conv(features, kernel, stride, padding, groups=groups, dilation=dilation, bias=bias), x)
+    pad = dilation * (kernel - 1) // 2 if padding is None else padding
+    module = nn.Conv2d(inputs, features, kernel, stride, pad, dilation, groups=groups, bias=bias)
     module.load_state_dict(params)
     assert torch.equal(y, module(x))
 

@@ -14,8 +14,10 @@ from tests.table import TABLE, assert_close, differences, drawn_state_dict, head
 LIBRARIES = {"pytorchcv": pytorchcv.LIBRARY, "timm": timm.LIBRARY}
 PAIRS = [("pytorchcv", name) for name in pytorchcv.FAMILIES] + [("timm", name) for name in timm.FAMILIES]
 
-SMALL = {("timm", "nasnet_a_large"), ("timm", "pnasnet5_large")}
-"""Large networks, which pytorchcv's are compared with at the published size of images."""
+SMALL = {("timm", "nasnet_a_large"), ("timm", "pnasnet5_large")} | {
+    (library, name) for library in LIBRARIES for name in ("dpn98", "dpn107", "dpn131", "resnest101")
+}
+"""Large networks, compared at a smaller size of images; NASNet and PNASNet also with pytorchcv at the published one."""
 
 
 @pytest.mark.parametrize(("library", "name"), PAIRS)

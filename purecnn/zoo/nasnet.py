@@ -228,6 +228,57 @@ pack = stateless(lambda states: torch.cat(states, dim=1))
 unpack = stateless(lambda x: x.chunk(2, dim=1))
 
 
+def network(
+    normal: Cell,
+    reduction: Cell,
+    depth: int,
+    width: int,
+    *,
+    first: Cell | None = None,
+    stem_width: int,
+    skip_first: bool = False,
+    num_classes: int,
+    dropout: float,
+) -> Layer:
+    """Figure 2 of the paper, right, with cells of any kind.
+
+    Args:
+        normal, reduction: the two kinds.
+        depth: normal cells of each stage, the paper's N.
+        width: channels of an operation in the first stage's normal cells.
+        first: the kind of the very first cell, if it is another than the other reductions'.
+        stem_width: channels of the first convolution.
+        skip_first: see `cells`.
+        num_classes: outputs of the head.
+        dropout: rate before the head.
+
+    Raises:
+        ValueError: if a stage has but one normal cell: then its last two outputs cannot be joined.
+    """
+    if depth < 2:
+        raise ValueError(f"a stage has at least 2 normal cells, found {depth}")
+
+    def row(width: int) -> list[Layer]:
+        head = cell(normal, width, 1, halve(width))
+        return [head, *(cell(normal, width, 1, squeeze(width)) for _ in range(depth - 1))]
+
+    start = [
+        cell(first or reduction, width // 4, 2, identity),
+        cell(reduction, width // 2, 2, halve(width // 2)),
+    ]
+    middle, end = (
+        cells(cell(reduction, wide, 2, squeeze(wide)), *row(wide), skip_first=skip_first)
+        for wide in (2 * width, 4 * width)
+    )
+    return serial(
+        stem=conv_norm(stem_width, 3, 2, 0, init=he, norm=norm(), act=identity),
+        stage1=serial(twice, cells(*start, *row(width)), pack),
+        stage2=serial(unpack, middle, pack),
+        stage3=serial(unpack, end, pick(1), relu),
+        head=serial(global_avg_pool, layers.dropout(dropout), linear=linear(num_classes)),
+    )
+
+
 def nasnet(
     depth: int,
     width: int,
@@ -237,7 +288,7 @@ def nasnet(
     num_classes: int = 1000,
     dropout: float = 0.5,
 ) -> Layer:
-    """Figure 2 of the paper, right.
+    """`network` of the cells in figure 4.
 
     Args:
         depth: normal cells of each stage, the paper's N.
@@ -249,29 +300,17 @@ def nasnet(
         dropout: rate before the head.
 
     Raises:
-        ValueError: if a stage has but one normal cell: then its last two outputs cannot be joined.
+        ValueError: as from `network`.
     """
-    if depth < 2:
-        raise ValueError(f"a stage has at least 2 normal cells, found {depth}")
-    base = width // 24
-
-    def normal(width: int) -> list[Layer]:
-        first = cell(NORMAL, width, 1, halve(width))
-        return [first, *(cell(NORMAL, width, 1, squeeze(width)) for _ in range(depth - 1))]
-
-    def reduction(width: int, previous: Layer) -> Layer:
-        return cell(REDUCTION, width, 2, previous)
-
-    start = [reduction(base // 4, identity), reduction(base // 2, halve(base // 2))]
-    middle, end = (
-        cells(reduction(wide, squeeze(wide)), *normal(wide), skip_first=skip_reduction) for wide in (2 * base, 4 * base)
-    )
-    return serial(
-        stem=conv_norm(stem_width, 3, 2, 0, init=he, norm=norm(), act=identity),
-        stage1=serial(twice, cells(*start, *normal(base)), pack),
-        stage2=serial(unpack, middle, pack),
-        stage3=serial(unpack, end, pick(1), relu),
-        head=serial(global_avg_pool, layers.dropout(dropout), linear=linear(num_classes)),
+    return network(
+        NORMAL,
+        REDUCTION,
+        depth,
+        width // 24,
+        stem_width=stem_width,
+        skip_first=skip_reduction,
+        num_classes=num_classes,
+        dropout=dropout,
     )
 
 

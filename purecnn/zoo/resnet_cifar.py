@@ -6,7 +6,8 @@ Three stages of ``n`` blocks each make ``6n + 2`` layers. Shortcuts are of optio
 take option B here have other counts (272,474 for ResNet-20). No deviations from the paper.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,27 +33,28 @@ def zero_pad(width: int, stride: int) -> Layer:
     return stateless(shortcut)
 
 
-def block(width: int, stride: int) -> Layer:
-    """Figure 2: two 3x3 convolutions and the shortcut."""
-    main = serial(
+def branch(width: int, stride: int) -> Layer:
+    """Figure 2: two 3x3 convolutions."""
+    return serial(
         conv1=conv(width, 3, stride, init=he), norm1=batch_norm(), relu1=relu,
         conv2=conv(width, 3, init=he), norm2=batch_norm(),
     )  # fmt: skip
-    return serial(add(main, zero_pad(width, stride)), relu)
 
 
-def resnet_cifar(
-    depths: Sequence[int], *, widths: Sequence[int] = (16, 32, 64), num_classes: int = 10
-) -> Layer:  # fmt: skip
-    """The table of section 4.2.
+def network(
+    block: Callable[[int, int, int], Layer], depths: Sequence[int], widths: Sequence[int], num_classes: int
+) -> Layer:
+    """The table of section 4.2 with blocks of any kind.
 
     Args:
-        depths: blocks of each stage, all ``n`` in the paper.
+        block: ``block(width, stride, place)``; the place counts the network's blocks from 0.
+        depths: blocks of each stage.
         widths: channels of each stage; the first is also the stem's.
         num_classes: outputs of the head.
     """
+    places = itertools.count()
     stages = {
-        f"stage{i + 1}": numbered(*(block(width, 2 if i and not j else 1) for j in range(depth)))
+        f"stage{i + 1}": numbered(*(block(width, 2 if i and not j else 1, next(places)) for j in range(depth)))
         for i, (depth, width) in enumerate(zip(depths, widths, strict=True))
     }
     return serial(
@@ -60,6 +62,22 @@ def resnet_cifar(
         **stages,
         head=serial(global_avg_pool, linear=linear(num_classes)),
     )
+
+
+def block(width: int, stride: int, place: int = 0) -> Layer:
+    """Figure 2: the branch and the shortcut."""
+    return serial(add(branch(width, stride), zero_pad(width, stride)), relu)
+
+
+def resnet_cifar(depths: Sequence[int], *, widths: Sequence[int] = (16, 32, 64), num_classes: int = 10) -> Layer:
+    """The table of section 4.2.
+
+    Args:
+        depths: blocks of each stage, all ``n`` in the paper.
+        widths: channels of each stage; the first is also the stem's.
+        num_classes: outputs of the head.
+    """
+    return network(block, depths, widths, num_classes)
 
 
 VARIANTS = {
