@@ -25,7 +25,8 @@ NAMED = {
     "xception": (12, -4), "polynet": (10, 3), "mobilenet_v1": (8, -3), "senet154": (10, -10),
     "nasnet_a_large": (-10, 11), "mobilenet_v2": (8, -3), "cbam_resnet50": (8, -4), "mnasnet_a1": (8, -4),
     "shufflenet_v2_x1_0": (8, -3), "efficientnet_b7": (9, -4), "mobilenet_v3_large": (8, -4),
-    "regnet_y_32gf": (11, -3), "resnest101": (9, -3), "amoebanet_d": (10, -2), "efficientnet_v2_l": (-40, 12), "convnext_large": (13, -3),
+    "regnet_y_32gf": (11, -3), "resnest101": (9, -3), "amoebanet_d": (10, -2),
+    "efficientnet_v2_l": (-40, 12), "convnext_large": (13, -3),
 }  # fmt: skip
 
 
