@@ -93,7 +93,9 @@ def load_source(source: str, name: str | None, entry: str | None = None, *, as_s
     """
     if name is not None:
         create(name)
-    if Path(source).is_dir():
+    if source.startswith(sources.TIMM):
+        pass
+    elif Path(source).is_dir():
         source = str(existing(Path(source, "checkpoint.safetensors")))
     elif Path(source).suffix:
         existing(Path(source))

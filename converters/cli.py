@@ -257,7 +257,8 @@ def evaluate(
 def predict(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Pictures, or folders of them.")],
     source: Annotated[
-        str, typer.Option("--from", help="A checkpoint, a file in torchvision's names, or DEFAULT (with --model).")
+        str,
+        typer.Option("--from", help="A checkpoint; with --model a file in torchvision's names, DEFAULT, or timm:NAME."),
     ] = "DEFAULT",
     model: Annotated[str | None, typer.Option("--model", help="Of weights that do not say it themselves.")] = None,
     top: Annotated[int, typer.Option(min=1, help="How many answers.")] = 5,
@@ -322,7 +323,7 @@ def _unique(stems: Iterable[str]) -> list[str]:
 
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(help="A checkpoint, a file in torchvision's names, or DEFAULT.")],
+    source: Annotated[str, typer.Argument(help="A checkpoint, a file in torchvision's names, DEFAULT, or timm:NAME.")],
     target: Annotated[Path, typer.Argument(help="The file to write: .safetensors, or .pth with --to torchvision.")],
     model: Annotated[str | None, typer.Option("--model", help="Of weights that do not say it themselves.")] = None,
     entry: Annotated[
@@ -399,7 +400,8 @@ def _matching(pattern: str) -> list[str]:
 def explain(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Pictures, or folders of them.")],
     source: Annotated[
-        str, typer.Option("--from", help="A checkpoint, a file in torchvision's names, or DEFAULT (with --model).")
+        str,
+        typer.Option("--from", help="A checkpoint; with --model a file in torchvision's names, DEFAULT, or timm:NAME."),
     ] = "DEFAULT",
     model: Annotated[str | None, typer.Option("--model", help="Of weights that do not say it themselves.")] = None,
     method: Annotated[

@@ -156,13 +156,20 @@ def _xception(model: Model) -> nn.Module:
     return Xception(s["num_classes"], s["in_channels"], drop_rate=s["dropout"])
 
 
-_SEPARABLE = (("conv_dw", "depthwise.conv"), ("bn1", "depthwise.norm"))
-"""The beginning of timm's ``DepthwiseSeparableConv``."""
+_DEPTHWISE = (("conv_dw", "depthwise.conv"), ("bn1", "depthwise.norm"))
+_GATE = (("se.conv_reduce", "gate.squeeze"), ("se.conv_expand", "gate.expand"))
+SEPARABLE = (*_DEPTHWISE, *_GATE, ("conv_pw", "project.conv"), ("bn2", "project.norm"))
+"""timm's ``DepthwiseSeparableConv``."""
+MBCONV = (
+    ("conv_pw", "expand.conv"), ("bn1", "expand.norm"), ("conv_dw", "depthwise.conv"), ("bn2", "depthwise.norm"),
+    *_GATE, ("conv_pwl", "project.conv"), ("bn3", "project.norm"),
+)  # fmt: skip
+"""timm's ``InvertedResidual``."""
 
 
 def _mobilenet_v1_timm_rules(model: Model) -> Rules:
     """timm's stages are numbered from 0."""
-    block = (*_SEPARABLE, ("conv_pw", "pointwise.conv"), ("bn2", "pointwise.norm"))
+    block = (*_DEPTHWISE, ("conv_pw", "pointwise.conv"), ("bn2", "pointwise.norm"))
     pairs: Pairs = [("conv_stem", "stem.conv"), ("bn1", "stem.norm"), ("classifier", "head.linear")]
     for i in range(len(model.settings["depths"])):
         pairs += under(f"blocks.{i}.{{b}}", f"stage{i + 1}.{{b}}", block)
@@ -199,15 +206,10 @@ def _mobilenet_v1(model: Model) -> nn.Module:
 def _mnasnet_a1_rules(model: Model) -> Rules:
     """timm's stages are numbered from 0."""
     last = len(model.settings["stages"]) + 2
-    names = {
-        "conv_pw": "expand.conv", "bn1": "expand.norm", "conv_dw": "depthwise.conv", "bn2": "depthwise.norm",
-        "se.conv_reduce": "gate.squeeze", "se.conv_expand": "gate.expand",
-        "conv_pwl": "project.conv", "bn3": "project.norm",
-    }  # fmt: skip
     pairs: Pairs = [("conv_stem", "stem.conv"), ("bn1", "stem.norm"), ("classifier", "head.linear")]
-    pairs += under("blocks.0.0", "stage1", (*_SEPARABLE, ("conv_pw", "project.conv"), ("bn2", "project.norm")))
+    pairs += under("blocks.0.0", "stage1", SEPARABLE)
     for i in range(2, last):
-        pairs += under(f"blocks.{i - 1}.{{b}}", f"stage{i}.{{b}}", names.items())
+        pairs += under(f"blocks.{i - 1}.{{b}}", f"stage{i}.{{b}}", MBCONV)
     return Rules(*pairs, ("conv_head", f"stage{last}.conv"), ("bn2", f"stage{last}.norm"))
 
 

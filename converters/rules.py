@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from purecnn import Model, tree
@@ -63,11 +64,15 @@ class Rules:
     >>> rules.forward("layer3.0.bn2"), rules.backward("stage3.0.norm2")
     ('stage3.0.norm2', 'layer3.0.bn2')
 
+    ``layouts`` says of a tensor in a layer what else it is called, and how it is laid out, as in einops:
+    ``{"layer_scale": ("gamma", "c 1 1 -> c")}`` from ours to the other library's.
+
     Raises:
         ValueError: if the two sides of a rule do not have the same fields.
     """
 
-    def __init__(self, *pairs: tuple[str, str]):
+    def __init__(self, *pairs: tuple[str, str], layouts: Mapping[str, tuple[str, str]] | None = None):
+        self.layouts = dict(layouts or {})
         self.pairs = [(Template(left), Template(right)) for left, right in pairs]
         for left, right in self.pairs:
             if left.offsets.keys() != right.offsets.keys():
@@ -110,18 +115,28 @@ class Leaf(NamedTuple):
     key: str
     path: str
     meta: Tensor
+    """Of our shape."""
+    layout: str | None = None
+    """From our shape to the other library's, as in einops, where it is another."""
+
+    def theirs(self, tensor: Tensor) -> Tensor:
+        """A tensor of ours in the other library's shape; the numbers are the same ones."""
+        return tensor if self.layout is None else rearrange(tensor, self.layout)
+
+    def ours(self, tensor: Tensor) -> Tensor:
+        """Back again."""
+        return tensor if self.layout is None else rearrange(tensor, " -> ".join(self.layout.split(" -> ")[::-1]))
 
 
 def leaves(model: Model, rules: Rules) -> tuple[list[Leaf], list[Leaf]]:
     """The model's parameters and its statistics, each with the other library's key."""
 
-    def key(path: str) -> str:
+    def found(path: str, meta: Tensor) -> Leaf:
         layer, _, name = path.rpartition(".")
-        return f"{rules.backward(layer)}.{LEAVES.backward(name)}"
+        theirs, layout = rules.layouts.get(name) or (LEAVES.backward(name), None)
+        return Leaf(f"{rules.backward(layer)}.{theirs}", path, meta, layout)
 
-    params, state = (
-        [Leaf(key(path), path, meta) for path, meta in tree.flatten(part).items()] for part in model.spec()
-    )
+    params, state = ([found(*leaf) for leaf in tree.flatten(part).items()] for part in model.spec())
     counts = Counter(leaf.key for leaf in (*params, *state))
     if twice := {key for key, count in counts.items() if count > 1}:
         raise ConversionError(f"the rules of {model.name} give {sorted(twice)} to two layers each")
@@ -131,8 +146,8 @@ def leaves(model: Model, rules: Rules) -> tuple[list[Leaf], list[Leaf]]:
 def to_trees(model: Model, rules: Rules, tensors: Mapping[str, Tensor]) -> tuple[Tree, Tree]:
     """Parameters and statistics from a flat dictionary: every key used once, every leaf filled once.
 
-    Tensors are taken as they are, neither copied nor reshaped. Files from before PyTorch 0.4.1 have no
-    batch counters; there, as in PyTorch itself, they are zero.
+    Tensors are taken as they are, neither copied nor reshaped, but for what the rules say of layouts. Files from before
+    PyTorch 0.4.1 have no batch counters; there, as in PyTorch itself, they are zero.
 
     Raises:
         ConversionError: that names missing, unexpected and mis-shaped keys.
@@ -144,7 +159,7 @@ def to_trees(model: Model, rules: Rules, tensors: Mapping[str, Tensor]) -> tuple
         zero = torch.zeros((), dtype=torch.int64, device=device)
         zeros = {leaf.key: zero.clone() for leaf in state if leaf.path.endswith(".count")}
         tensors = {**tensors, **zeros}
-    expected = {leaf.key: leaf.meta for leaf in (*params, *state)}
+    expected = {leaf.key: leaf.theirs(leaf.meta) for leaf in (*params, *state)}
     missing = [key for key in expected if key not in tensors]
     unexpected = [key for key in tensors if key not in expected]
     other = [
@@ -166,7 +181,9 @@ def to_trees(model: Model, rules: Rules, tensors: Mapping[str, Tensor]) -> tuple
         complaints.append('norm="group" has no statistics: read them with norm="batch", and take the parameters alone')
     if complaints:
         raise ConversionError(f"the weights are not those of {model.name}; {'; '.join(complaints)}")
-    first, second = (tree.unflatten({leaf.path: tensors[leaf.key] for leaf in part}) for part in (params, state))
+    first, second = (
+        tree.unflatten({leaf.path: leaf.ours(tensors[leaf.key]) for leaf in part}) for part in (params, state)
+    )
     return first, second
 
 
@@ -198,5 +215,5 @@ def to_tensors(model: Model, rules: Rules, params: Tree, state: Tree) -> dict[st
         wrong |= {leaf.path for leaf in part if leaf.path in found and not _fits(found[leaf.path], leaf.meta)}
         if wrong:
             raise ConversionError(f"the trees are not those of {model.name}: they differ in {tree.some(sorted(wrong))}")
-        tensors |= {leaf.key: found[leaf.path] for leaf in part}
+        tensors |= {leaf.key: leaf.theirs(found[leaf.path]) for leaf in part}
     return tensors

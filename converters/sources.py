@@ -1,4 +1,4 @@
-"""Networks with weights: from a checkpoint, a file in torchvision's names, or what torchvision publishes."""
+"""Networks with weights: from a checkpoint, a file in torchvision's names, or what torchvision or timm publishes."""
 
 import os
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.models import WeightsEnum
 
 import purecnn
-from converters import checkpoint, files
+from converters import checkpoint, files, timm
 from converters import torchvision as tv
 from converters.files import FileError
 from converters.rules import ConversionError
@@ -40,6 +40,10 @@ class Source:
         return replace(self, params=params, state=state)
 
 
+TIMM = "timm:"
+"""What the names of timm's weights begin with."""
+
+
 class NamelessError(ConversionError):
     """Nothing says which model the weights are of."""
 
@@ -48,8 +52,9 @@ def load(source: str | os.PathLike[str], name: str | None = None, entry: str | N
     """A network with weights.
 
     Args:
-        source: a checkpoint of ours; a ``.safetensors`` or ``.pth`` file in torchvision's names; or the name of
-            weights that torchvision publishes, such as ``DEFAULT``.
+        source: a checkpoint of ours; a ``.safetensors`` or ``.pth`` file in torchvision's names; the name of weights
+            that torchvision publishes, such as ``DEFAULT``; or ``timm:`` and the name of weights that timm publishes,
+            which may be left out.
         name: the model's; a checkpoint knows it, the others need it.
         entry: see `converters.files.read`.
 
@@ -59,6 +64,13 @@ def load(source: str | os.PathLike[str], name: str | None = None, entry: str | N
         ConversionError: if it holds another model's weights.
     """
     path = Path(source)
+    if str(source).startswith(TIMM):
+        if name is None:
+            raise NamelessError(f"{source} does not say which model its weights are of: name it")
+        weights = str(source).removeprefix(TIMM) or None
+        model, preprocessing, origin = timm.about(purecnn.create(name), weights)
+        classes = tv.classes(tv.weights_entry(purecnn.create("resnet50"))) if model.num_classes == 1000 else None
+        return Source(model, *timm.pretrained(model, weights), preprocessing, classes, origin)
     if path.is_file() or path.suffix:
         found = files.contents(path, entry)
         if checkpoint.is_checkpoint(found):

@@ -1,4 +1,4 @@
-"""timm: its state_dicts and modules, to and from our trees; for networks that torchvision does not have.
+"""timm: its state_dicts and modules, to and from our trees; of torchvision's networks, those that timm has weights for.
 
     params, state = from_state_dict(model, module.state_dict())
     params, state = pretrained(model)          # the weights that timm publishes, through timm's own loading
@@ -7,13 +7,19 @@
 `pretrained`: ``pip install timm``.
 """
 
-from converters import peers_inception, peers_multipath, peers_residual
+from typing import Any
+
+import torch
+
+import purecnn
+from converters import peers_inception, peers_multipath, peers_residual, peers_shared
 from converters.library import Library
 from converters.rules import ConversionError
-from purecnn import Model
+from purecnn import Model, random
+from purecnn.data import Preprocessing
 from purecnn.tree import Tree
 
-FAMILIES = peers_residual.TIMM | peers_inception.TIMM | peers_multipath.TIMM
+FAMILIES = peers_residual.TIMM | peers_inception.TIMM | peers_multipath.TIMM | peers_shared.TIMM
 """By the model's name."""
 
 NAMES = {
@@ -34,8 +40,47 @@ NAMES = {
     "dpn107": "dpn107.mx_in1k",
     "resnest50": "resnest50d.in1k",
     "resnest101": "resnest101e.in1k",
+    "resnet18": "resnet18.a1_in1k",
+    "resnet34": "resnet34.a1_in1k",
+    "resnet50": "resnet50.a1_in1k",
+    "resnet101": "resnet101.a1h_in1k",
+    "resnet152": "resnet152.a1h_in1k",
+    "wide_resnet50_2": "wide_resnet50_2.racm_in1k",
+    "wide_resnet101_2": "wide_resnet101_2.tv2_in1k",
+    "resnext50_32x4d": "resnext50_32x4d.a1h_in1k",
+    "resnext101_32x8d": "resnext101_32x8d.tv2_in1k",
+    "resnext101_64x4d": "resnext101_64x4d.c1_in1k",
+    "densenet121": "densenet121.ra_in1k",
+    "densenet161": "densenet161.tv_in1k",
+    "densenet169": "densenet169.tv_in1k",
+    "densenet201": "densenet201.tv_in1k",
+    "mobilenet_v2": "mobilenetv2_100.ra_in1k",
+    "mnasnet1_0": "mnasnet_100.rmsp_in1k",
+    "efficientnet_b0": "efficientnet_b0.ra_in1k",
+    "efficientnet_b1": "efficientnet_b1.ra4_e3600_r240_in1k",
+    "efficientnet_b2": "efficientnet_b2.ra_in1k",
+    "efficientnet_b3": "efficientnet_b3.ra2_in1k",
+    "efficientnet_b4": "efficientnet_b4.ra2_in1k",
+    "regnet_x_400mf": "regnetx_004_tv.tv2_in1k",
+    "regnet_x_800mf": "regnetx_008.tv2_in1k",
+    "regnet_x_1_6gf": "regnetx_016.tv2_in1k",
+    "regnet_x_3_2gf": "regnetx_032.tv2_in1k",
+    "regnet_x_8gf": "regnetx_080.tv2_in1k",
+    "regnet_x_16gf": "regnetx_160.tv2_in1k",
+    "regnet_x_32gf": "regnetx_320.tv2_in1k",
+    "regnet_y_400mf": "regnety_004.tv2_in1k",
+    "regnet_y_800mf": "regnety_008_tv.tv2_in1k",
+    "regnet_y_1_6gf": "regnety_016.tv2_in1k",
+    "regnet_y_3_2gf": "regnety_032.ra_in1k",
+    "regnet_y_8gf": "regnety_080_tv.tv2_in1k",
+    "regnet_y_16gf": "regnety_160.swag_ft_in1k",
+    "regnet_y_32gf": "regnety_320.tv2_in1k",
+    "convnext_tiny": "convnext_tiny.in12k_ft_in1k",
+    "convnext_small": "convnext_small.in12k_ft_in1k",
+    "convnext_base": "convnext_base.fb_in22k_ft_in1k",
+    "convnext_large": "convnext_large.fb_in22k_ft_in1k",
 }
-"""Ours, and timm's names of the published weights that fit; those of MobileNet v1 go with ReLU6."""
+"""Ours, and timm's names of the published weights that fit, of several the default; MobileNet v1's go with ReLU6."""
 
 LIBRARY = Library("timm", lambda model: FAMILIES.get(model.name))
 
@@ -48,20 +93,75 @@ to_module = LIBRARY.to_module
 def pretrained(model: Model, weights: str | None = None) -> tuple[Tree, Tree]:
     """The weights that timm publishes on the Hugging Face hub, downloaded, checked and cached by timm.
 
+    That names and shapes fit does not say that timm computes the same with them: its ``tf_efficientnet_b0`` pads in
+    TensorFlow's way. So both networks are run on an image.
+
     Args:
         model: created with the settings that the weights were trained with.
         weights: timm's name of them, as in ``"inception_v4.tf_in1k"``; by default the one in `NAMES`.
 
     Raises:
-        ConversionError: if timm has no such weights, or they cannot be had.
+        ConversionError: if timm has no such weights, they cannot be had, or timm computes something else with them.
     """
-    import timm
-
-    if not LIBRARY.has(model) or model.name not in NAMES:
-        raise ConversionError(f"timm publishes no weights that fit {model.name}; it does of {', '.join(NAMES)}")
-    name = weights or NAMES[model.name]
+    name = _known(model, weights)
     try:
-        module = timm.create_model(name, pretrained=True)
+        module = _timm().create_model(name, pretrained=True)
     except (OSError, RuntimeError) as error:
         raise ConversionError(f"timm's {name} cannot be had ({str(error).splitlines()[0]})") from error
-    return LIBRARY.adopt(model, module.state_dict())
+    params, state = LIBRARY.adopt(model, module.state_dict())
+    images = random.normal(random.key(0), (1, model.in_channels, model.image_size, model.image_size))
+    with torch.no_grad():
+        theirs = module.eval()(images)
+        deviation = float((model.apply(params, state, images)[0] - theirs).abs().max() / theirs.abs().max())
+    if not deviation < _BOUNDS.get(model.name, 1e-3):
+        raise ConversionError(
+            f"timm computes something else with {name} than {model.name} does: the logits of an image differ by "
+            f"{deviation:.1%} of the largest"
+        )
+    return params, state
+
+
+_BOUNDS = {"nasnet_a_large": 0.03}
+"""Where timm is known to compute something else, within how much: its means count the padding in NASNet."""
+
+
+def about(model: Model, weights: str | None = None) -> tuple[Model, Preprocessing, dict[str, Any]]:
+    """What timm says of published weights.
+
+    Args:
+        model: one of the table's.
+        weights: as in `pretrained`.
+
+    Returns:
+        The model with as many classes and for images of the size that the weights are evaluated with, what is done to
+        a picture before, and where the weights are from (JSON-able).
+
+    Raises:
+        ConversionError: if timm has no such weights, or cuts pictures for them in another way than out of the middle.
+    """
+    name = _known(model, weights)
+    found = _timm().get_pretrained_cfg(name)
+    if found is None or found.crop_mode != "center":
+        raise ConversionError(f"timm has no weights {name!r} for pictures whose middle is cut out")
+    channels, size, _ = found.input_size
+    preprocessing = Preprocessing(
+        size, channels, int(size / found.crop_pct), tuple(found.mean), tuple(found.std), found.interpolation
+    )
+    settings = {**model.settings, "num_classes": found.num_classes, "in_channels": channels, "image_size": size}
+    origin = {"weights": f"timm/{name}", "url": f"https://huggingface.co/timm/{name}", "license": found.license}
+    return purecnn.create(model.name, **settings), preprocessing, origin
+
+
+def _known(model: Model, weights: str | None) -> str:
+    """timm's name of weights."""
+    if not LIBRARY.has(model) or model.name not in NAMES:
+        raise ConversionError(f"timm publishes no weights that fit {model.name}; it does of {', '.join(NAMES)}")
+    return weights or NAMES[model.name]
+
+
+def _timm() -> Any:
+    try:
+        import timm
+    except ImportError as error:
+        raise ConversionError("timm is not installed: pip install timm") from error
+    return timm

@@ -67,7 +67,9 @@ def train(
     ] = None,
     source: Annotated[
         str | None,
-        typer.Option("--from", help="Weights to begin with: a checkpoint, a file in torchvision's names, or DEFAULT."),
+        typer.Option(
+            "--from", help="Weights to begin with: a checkpoint, a file in torchvision's names, DEFAULT, or timm:NAME."
+        ),
     ] = None,
     out: Out = None,
     resume: Resume = False,

@@ -1,21 +1,28 @@
-"""Networks that torchvision lacks, beside pytorchcv's and timm's: the same outputs, gradients and statistics."""
+"""pytorchcv's and timm's networks beside ours: the same outputs, gradients and statistics."""
+
+import io
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 import purecnn
-from converters import pytorchcv, timm, torchvision
+from converters import checkpoint, peers_shared, pytorchcv, timm
 from converters.library import Library
 from converters.rules import ConversionError, leaves
-from purecnn import random, tree
+from purecnn import data, random, tree
 from tests.table import TABLE, assert_close, differences, drawn_state_dict, heads, loss_of, to
+from tests.test_cli import call
 
 LIBRARIES = {"pytorchcv": pytorchcv.LIBRARY, "timm": timm.LIBRARY}
 PAIRS = [("pytorchcv", name) for name in pytorchcv.FAMILIES] + [("timm", name) for name in timm.FAMILIES]
 
 SMALL = {("timm", "nasnet_a_large"), ("timm", "pnasnet5_large")} | {
-    (library, name) for library in LIBRARIES for name in ("dpn98", "dpn107", "dpn131", "resnest101")
+    (library, name) for library in LIBRARIES for name in ("dpn98", "dpn107", "dpn131", "resnest101", *peers_shared.TIMM)
 }
 """Large networks, compared at a smaller size of images; NASNet and PNASNet also with pytorchcv at the published one."""
 
@@ -64,17 +71,6 @@ def test_model_equals_the_library_s(library: str, name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["resnet18", "densenet121"])
-def test_timm_has_some_of_torchvisions_names(name: str) -> None:
-    peer = pytest.importorskip("timm", reason="timm is not installed: nox -s peers has it")
-    model, module = purecnn.create(name), peer.create_model(name)
-    module.load_state_dict(drawn_state_dict(module))
-    params, state = torchvision.from_state_dict(model, module.state_dict())
-    x = random.normal(random.key(1), (2, 3, 224, 224))
-    with torch.no_grad():
-        assert torch.equal(model.apply(params, state, x)[0], module.eval()(x))
-
-
 @pytest.mark.parametrize("name", timm.NAMES)
 def test_functions_of_timms_published_weights(name: str) -> None:
     peer = pytest.importorskip("timm", reason="timm is not installed: nox -s peers has it")
@@ -88,12 +84,106 @@ def test_functions_of_timms_published_weights(name: str) -> None:
         assert_close(model.apply(params, state, x)[0], module.eval()(x), rtol=bound, atol=0)
 
 
-@pytest.mark.parametrize("library", LIBRARIES)
-def test_models_of_torchvision_are_read_by_its_converter(library: str) -> None:
+@pytest.fixture
+def untrained(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """timm, whose published weights are drawn instead of downloaded."""
+    peer = pytest.importorskip("timm", reason="timm is not installed: nox -s peers has it")
+    create = peer.create_model
+
+    def draw(name: str, pretrained: bool = False, **settings: Any) -> nn.Module:
+        assert not pretrained or peer.is_model_pretrained(name)
+        module: nn.Module = create(name, **settings)
+        module.load_state_dict(drawn_state_dict(module))
+        return module
+
+    monkeypatch.setattr(peer, "create_model", draw)
+    return peer
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [
+        ("resnet18", None),
+        ("convnext_tiny", "convnext_tiny.fb_in22k_ft_in1k"),
+        ("efficientnet_b0", None),
+        ("dpn68", None),
+        ("nasnet_a_large", None),
+    ],
+)
+def test_published_weights_of_timm(untrained: Any, name: str, weights: str | None) -> None:
+    model = purecnn.create(name, image_size=96)
+    params, state = timm.pretrained(model, weights)
+    module = untrained.create_model(weights or timm.NAMES[name])
+    assert differences(timm.to_state_dict(model, params, state), module.state_dict()) == []
+    about, preprocessing, origin = timm.about(model, weights)
+    assert (about.num_classes, about.image_size, about.in_channels) == (1000, preprocessing.size, 3)
+    assert origin["weights"] == f"timm/{weights or timm.NAMES[name]}"
+    settings = untrained.data.resolve_data_config(model=module)
+    picture = data.read_image(io.BytesIO(_picture()))
+    theirs = untrained.data.create_transform(**settings)(picture)
+    assert_close(preprocessing.evaluation()(picture), theirs, rtol=0, atol=2e-6)
+
+
+def _picture() -> bytes:
+    file = io.BytesIO()
+    values = random.bits(random.key(3), (400, 520, 3)).remainder(256).to(torch.uint8)
+    Image.fromarray(values.numpy()).resize((390, 300)).save(file, "png")
+    return file.getvalue()
+
+
+def test_settings_that_weights_of_timm_were_trained_with(untrained: Any) -> None:
+    wide = purecnn.create("mobilenet_v2", width=1.4, image_size=64)
+    params, _ = timm.pretrained(wide, "mobilenetv2_140.ra_in1k")
+    wide.check(params, wide.spec()[1])
+    with pytest.raises(ConversionError, match=r"mobilenet_v2 has width=1\.0, found 1\.4"):
+        timm.to_module(wide, *wide.init(random.key(0)))
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "message"),
+    [
+        ("efficientnet_b0", "tf_efficientnet_b0.ns_jft_in1k", "computes something else with tf_efficientnet_b0"),
+        ("resnet18", "resnet34.a1_in1k", "not those of resnet18; .* unexpected"),
+        ("convnext_tiny", "convnext_tiny.fb_in22k", "another shape: head.fc"),
+        ("lenet5", None, "no weights that fit lenet5; it does of .*convnext_tiny"),
+    ],
+)
+def test_weights_of_timm_that_do_not_fit(untrained: Any, name: str, weights: str | None, message: str) -> None:
+    with pytest.raises(ConversionError, match=message):
+        timm.pretrained(purecnn.create(name, **({} if name == "lenet5" else {"image_size": 64})), weights)
+
+
+def test_weights_of_timm_on_the_command_line(untrained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = call("convert", "timm:", "ours.safetensors", "--model", "resnet18")
+    assert result.exit_code == 0, result.output
+    about = checkpoint.about("ours.safetensors")
+    assert about.classes is not None
+    assert about.classes[:2] == ("tench", "goldfish")
+    assert about.origin is not None
+    assert about.origin["url"] == "https://huggingface.co/timm/resnet18.a1_in1k"
+    assert about.preprocessing is not None
+    assert about.preprocessing.interpolation == "bicubic"
+    Path("picture.png").write_bytes(_picture())
+    result = call("predict", "picture.png", "--from", "timm:resnet18.tv_in1k", "--model", "resnet18", "--json")
+    assert result.exit_code == 0, result.output
+    result = call("predict", "picture.png", "--from", "timm:resnet18.tv_in1k")
+    assert result.exit_code == 2
+    assert "name it by --model" in result.output.replace("\n", " ")
+
+
+def test_without_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ConversionError, match="timm is not installed: pip install timm"):
+        timm.pretrained(purecnn.create("resnet18"))
+
+
+def test_models_of_torchvision_are_read_by_its_converter() -> None:
     with pytest.raises(ConversionError, match=r"no counterpart of resnet18: converters\.torchvision has it"):
-        LIBRARIES[library].from_state_dict(purecnn.create("resnet18"), {})
-    with pytest.raises(ConversionError, match=r"no counterpart of lenet5$"):
-        LIBRARIES[library].from_state_dict(purecnn.create("lenet5"), {})
+        pytorchcv.from_state_dict(purecnn.create("resnet18"), {})
+    for library in LIBRARIES.values():
+        with pytest.raises(ConversionError, match=r"no counterpart of lenet5$"):
+            library.from_state_dict(purecnn.create("lenet5"), {})
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
