@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchvision import models
 
 from converters.rules import ConversionError, Rules, leaves, to_tensors, to_trees, wrapping
-from purecnn import Model, tree
+from purecnn import Model, random, tree
 from purecnn.tree import Tree
 
 
@@ -127,6 +127,34 @@ class Library:
                 raise ConversionError(f"{key} is there twice, under its old name and its new one")
             tensors[key] = tensor.detach()
         return to_trees(model, self.family(model).rules(model), tensors)
+
+    def from_module(self, model: Model, module: nn.Module, name: str, size: int, bound: float) -> tuple[Tree, Tree]:
+        """The weights of a module of the library, if the model computes with them what the module does.
+
+        That names and shapes fit does not say so: padding, epsilons, rectifiers and strides have neither. So both are
+        run on an image, of random numbers.
+
+        Args:
+            model: ours.
+            module: the library's, which is put into evaluation mode.
+            name: the library's name of the weights, for the message.
+            size: of the image, pixels.
+            bound: of the logits' deviation, as a share of the largest.
+
+        Raises:
+            ConversionError: if they do not fit, or compute something else.
+        """
+        params, state = self.adopt(model, module.state_dict())
+        image = random.normal(random.key(0), (1, model.in_channels, size, size))
+        with torch.no_grad():
+            theirs = module.eval()(image)
+            deviation = float((model.apply(params, state, image)[0] - theirs).abs().max() / theirs.abs().max())
+        if not deviation < bound:
+            raise ConversionError(
+                f"{self.name} computes something else with {name} than {model.name} does: the logits of an image "
+                f"differ by {deviation:.1%} of the largest"
+            )
+        return params, state
 
     def to_state_dict(self, model: Model, params: Tree, state: Tree) -> "OrderedDict[str, Tensor]":
         """The state_dict of the library's module, in its order and with its ``_metadata``; loads with strict=True.

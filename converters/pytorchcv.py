@@ -2,13 +2,19 @@
 
     params, state = from_state_dict(model, module.state_dict())
     module = to_module(model, params, state)
+    params, state = pretrained(model)          # the weights that pytorchcv publishes
 
 `converters.library` has the functions' descriptions. pytorchcv itself is needed but for building its modules, which
-`to_state_dict` and `to_module` do: ``pip install pytorchcv``.
+`to_state_dict` and `to_module` do, and for `pretrained`: ``pip install pytorchcv``.
 """
 
-from converters import peers_historic, peers_inception, peers_multipath, peers_residual
+import purecnn
+from converters import files, peers_historic, peers_inception, peers_multipath, peers_residual
+from converters.files import FileError
 from converters.library import Library
+from converters.rules import ConversionError
+from purecnn import Model
+from purecnn.tree import Tree
 
 FAMILIES = peers_historic.PYTORCHCV | peers_residual.PYTORCHCV | peers_inception.PYTORCHCV | peers_multipath.PYTORCHCV
 """By the model's name."""
@@ -19,3 +25,64 @@ has = LIBRARY.has
 from_state_dict = LIBRARY.from_state_dict
 to_state_dict = LIBRARY.to_state_dict
 to_module = LIBRARY.to_module
+
+NAMES = {
+    "zfnet": "zfnet",
+    "zfnetb": "zfnetb",
+    "nin_cifar": "nin_cifar10",
+    "bn_inception": "bninception",
+    "resnet50_v1": "resnet50",
+    "preactresnet164_cifar": "preresnet164bn_cifar10",
+    "wideresnet28_10_cifar": "wrn28_10_cifar10",
+    "densenetbc100_k12_cifar": "densenet100_k12_bc_cifar10",
+    "seresnet50": "seresnet50b",
+    "seresnext50_32x4d": "seresnext50_32x4d",
+    "senet154": "senet154",
+    "bam_resnet50": "bam_resnet50",
+    "cbam_resnet50": "cbam_resnet50",
+    "pyramidnet110_a48_cifar": "pyramidnet110_a48_cifar10",
+    "inception_resnet_v1": "inceptionresnetv1",
+    "mobilenet_v1": "mobilenet_w1",
+    "shufflenet_g3": "shufflenet_g3_w1",
+    "polynet": "polynet",
+    "nasnet_a_large": "nasnet_6a4032",
+    "nasnet_a_mobile": "nasnet_4a1056",
+    "pnasnet5_large": "pnasnet5large",
+    "dpn68": "dpn68",
+    "dpn98": "dpn98",
+    "dpn131": "dpn131",
+    "resnest50": "resnesta50",
+    "resnest101": "resnesta101",
+}
+"""Ours, and pytorchcv's names of the published weights that fit."""
+
+
+def pretrained(model: Model, weights: str | None = None) -> tuple[Tree, Tree]:
+    """The weights that pytorchcv publishes on GitHub, downloaded, checked and cached by pytorchcv.
+
+    They are read by `converters.files`, which unpickles nothing but tensors; pytorchcv itself would unpickle anything.
+    Both networks are run on an image: pytorchcv's ``resnet50b`` has the names and shapes of ``resnet50``, and another
+    stride.
+
+    Args:
+        model: created with the settings that the weights were trained with.
+        weights: pytorchcv's name of them, as in ``"bninception"``; by default the one in `NAMES`.
+
+    Raises:
+        ConversionError: if pytorchcv has no such weights, they cannot be had, or it computes something else with them.
+    """
+    if model.name not in NAMES:
+        raise ConversionError(f"pytorchcv publishes no weights that fit {model.name}; it does of {', '.join(NAMES)}")
+    try:
+        from pytorchcv.model_provider import get_model
+        from pytorchcv.models.common import model_store
+    except ImportError as error:
+        raise ConversionError("pytorchcv is not installed: pip install pytorchcv") from error
+    name = weights or NAMES[model.name]
+    try:
+        module = get_model(name)
+        state_dict = files.read(model_store.get_model_file(name))
+    except (OSError, ValueError, RuntimeError, FileError) as error:
+        raise ConversionError(f"pytorchcv's {name} cannot be had ({str(error).splitlines()[0]})") from error
+    module.load_state_dict(state_dict)
+    return LIBRARY.from_module(model, module, name, purecnn.create(model.name).image_size, 1e-3)

@@ -9,13 +9,11 @@
 
 from typing import Any
 
-import torch
-
 import purecnn
 from converters import peers_inception, peers_multipath, peers_residual, peers_shared
 from converters.library import Library
 from converters.rules import ConversionError
-from purecnn import Model, random
+from purecnn import Model
 from purecnn.data import Preprocessing
 from purecnn.tree import Tree
 
@@ -93,8 +91,8 @@ to_module = LIBRARY.to_module
 def pretrained(model: Model, weights: str | None = None) -> tuple[Tree, Tree]:
     """The weights that timm publishes on the Hugging Face hub, downloaded, checked and cached by timm.
 
-    That names and shapes fit does not say that timm computes the same with them: its ``tf_efficientnet_b0`` pads in
-    TensorFlow's way. So both networks are run on an image.
+    Both networks are run on an image: timm's ``tf_efficientnet_b0`` has the names and shapes of `efficientnet_b0`, and
+    pads in TensorFlow's way.
 
     Args:
         model: created with the settings that the weights were trained with.
@@ -108,17 +106,7 @@ def pretrained(model: Model, weights: str | None = None) -> tuple[Tree, Tree]:
         module = _timm().create_model(name, pretrained=True)
     except (OSError, RuntimeError) as error:
         raise ConversionError(f"timm's {name} cannot be had ({str(error).splitlines()[0]})") from error
-    params, state = LIBRARY.adopt(model, module.state_dict())
-    images = random.normal(random.key(0), (1, model.in_channels, model.image_size, model.image_size))
-    with torch.no_grad():
-        theirs = module.eval()(images)
-        deviation = float((model.apply(params, state, images)[0] - theirs).abs().max() / theirs.abs().max())
-    if not deviation < _BOUNDS.get(model.name, 1e-3):
-        raise ConversionError(
-            f"timm computes something else with {name} than {model.name} does: the logits of an image differ by "
-            f"{deviation:.1%} of the largest"
-        )
-    return params, state
+    return LIBRARY.from_module(model, module, name, model.image_size, _BOUNDS.get(model.name, 1e-3))
 
 
 _BOUNDS = {"nasnet_a_large": 0.03}

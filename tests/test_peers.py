@@ -172,10 +172,58 @@ def test_weights_of_timm_on_the_command_line(untrained: Any, tmp_path: Path, mon
     assert "name it by --model" in result.output.replace("\n", " ")
 
 
+@pytest.fixture
+def unpublished(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """pytorchcv, whose published weights are drawn instead of downloaded."""
+    provider = pytest.importorskip("pytorchcv.model_provider", reason="pytorchcv is not installed: nox -s peers has it")
+    from pytorchcv.models.common import model_store
+
+    def draw(name: str) -> str:
+        assert model_store.get_model_metainfo(name)[2] != "NA"
+        path = tmp_path / f"{name}.pth"
+        torch.save(drawn_state_dict(provider.get_model(name)), path)
+        return str(path)
+
+    monkeypatch.setattr(model_store, "get_model_file", draw)
+
+
+@pytest.mark.parametrize("name", ["nin_cifar", "resnet50_v1", "densenetbc100_k12_cifar", "cbam_resnet50"])
+def test_published_weights_of_pytorchcv(unpublished: None, name: str) -> None:
+    model = purecnn.create(name)
+    params, state = pytorchcv.pretrained(model)
+    state_dict = drawn_state_dict(pytorchcv.to_module(model, params, state))
+    assert differences(pytorchcv.to_state_dict(model, params, state), state_dict) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "message"),
+    [
+        ("resnet50_v1", "resnet50b", "pytorchcv computes something else with resnet50b than resnet50_v1 does"),
+        ("resnet50_v1", "resnet18", "not those of resnet50_v1"),
+        ("resnet50_v1", "resnet51", "pytorchcv's resnet51 cannot be had"),
+        ("fractalnet_cifar", None, "no weights that fit fractalnet_cifar; it does of zfnet"),
+    ],
+)
+def test_weights_of_pytorchcv_that_do_not_fit(unpublished: None, name: str, weights: str | None, message: str) -> None:
+    with pytest.raises(ConversionError, match=message):
+        pytorchcv.pretrained(purecnn.create(name), weights)
+
+
+def test_pytorchcv_has_all_the_names() -> None:
+    store = pytest.importorskip("pytorchcv.models.common.model_store", reason="pytorchcv is not installed")
+    for name, theirs in pytorchcv.NAMES.items():
+        parameters, _, checksum, _ = store.get_model_metainfo(theirs)
+        assert checksum != "NA"
+        assert parameters == TABLE[name].parameters
+
+
 def test_without_timm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ConversionError, match="timm is not installed: pip install timm"):
         timm.pretrained(purecnn.create("resnet18"))
+    monkeypatch.setitem(sys.modules, "pytorchcv.model_provider", None)
+    with pytest.raises(ConversionError, match="pytorchcv is not installed: pip install pytorchcv"):
+        pytorchcv.pretrained(purecnn.create("zfnet"))
 
 
 def test_models_of_torchvision_are_read_by_its_converter() -> None:
