@@ -1,7 +1,7 @@
 """timm's names and modules of networks that torchvision has, too.
 
-ResNets and DenseNets have torchvision's names in timm; the others have names of timm's own. Left are its names, right
-ours. timm is imported where it is needed.
+ResNets, DenseNets and Inception v3 have torchvision's names in timm; the others have names of timm's own. Left are its
+names, right ours. timm is imported where it is needed.
 """
 
 from functools import partial
@@ -17,13 +17,16 @@ from converters.peers_inception import MBCONV, SEPARABLE, fixed
 from converters.rules import Rules
 from purecnn import Model
 
+BARE = {"inception_v3": {"aux_logits": False}}
+"""What timm's networks lack of ours."""
+
 
 def _module(architecture: str, model: Model, **options: Any) -> nn.Module:
     """timm's own, where our settings are those that it stands for."""
     import timm
 
     free = ("num_classes", "in_channels", "image_size", "dropout", "stochastic_depth")
-    usual = purecnn.create(model.name).settings
+    usual = {**purecnn.create(model.name).settings, **BARE.get(model.name, {})}
     fixed(model, **{name: value for name, value in usual.items() if name not in free})
     classes = model.settings["num_classes"]
     module: nn.Module = timm.create_model(architecture, num_classes=classes, in_chans=model.in_channels, **options)
@@ -104,6 +107,7 @@ def _family(architecture: str, rules: Any, module: Any = _module) -> Family:
 TIMM: dict[str, Family] = {
     **{name: _family(name, families.FAMILIES["resnet"].rules) for name in (*_RESNETS, *_WIDER)},
     **{name: _family(name, families.FAMILIES["densenet"].rules) for name in _DENSENETS},
+    "inception_v3": _family("inception_v3", families.FAMILIES["inception_v3"].rules),
     "mobilenet_v2": _family("mobilenetv2_100", _mobilenet_v2_rules),
     "mnasnet1_0": _family("mnasnet_100", _mnasnet_rules, _mnasnet),
     **{f"efficientnet_b{i}": _family(f"efficientnet_b{i}", _mobilenet_v2_rules) for i in range(5)},

@@ -52,6 +52,7 @@ NAMES = {
     "densenet161": "densenet161.tv_in1k",
     "densenet169": "densenet169.tv_in1k",
     "densenet201": "densenet201.tv_in1k",
+    "inception_v3": "inception_v3.tf_in1k",
     "mobilenet_v2": "mobilenetv2_100.ra_in1k",
     "mnasnet1_0": "mnasnet_100.rmsp_in1k",
     "efficientnet_b0": "efficientnet_b0.ra_in1k",
@@ -121,8 +122,8 @@ def about(model: Model, weights: str | None = None) -> tuple[Model, Preprocessin
         weights: as in `pretrained`.
 
     Returns:
-        The model with as many classes and for images of the size that the weights are evaluated with, what is done to
-        a picture before, and where the weights are from (JSON-able).
+        The model with as many classes as the weights, without auxiliary heads, and for images of the size that they
+        are evaluated with; what is done to a picture before; where the weights are from (JSON-able).
 
     Raises:
         ConversionError: if timm has no such weights, or cuts pictures for them in another way than out of the middle.
@@ -135,7 +136,8 @@ def about(model: Model, weights: str | None = None) -> tuple[Model, Preprocessin
     preprocessing = Preprocessing(
         size, channels, int(size / found.crop_pct), tuple(found.mean), tuple(found.std), found.interpolation
     )
-    settings = {**model.settings, "num_classes": found.num_classes, "in_channels": channels, "image_size": size}
+    bare = peers_shared.BARE.get(model.name, {})
+    settings = {**model.settings, **bare, "num_classes": found.num_classes, "in_channels": channels, "image_size": size}
     origin = {"weights": f"timm/{name}", "url": f"https://huggingface.co/timm/{name}", "license": found.license}
     return purecnn.create(model.name, **settings), preprocessing, origin
 

@@ -27,11 +27,16 @@ SMALL = {("timm", "nasnet_a_large"), ("timm", "pnasnet5_large")} | {
 """Large networks, compared at a smaller size of images; NASNet and PNASNet also with pytorchcv at the published one."""
 
 
+def bare(library: str, name: str) -> dict[str, Any]:
+    """What a library's network lacks of ours."""
+    return peers_shared.BARE.get(name, {}) if library == "timm" else {}
+
+
 @pytest.mark.parametrize(("library", "name"), PAIRS)
 def test_model_equals_the_library_s(library: str, name: str) -> None:
     pytest.importorskip(library, reason=f"{library} is not installed: nox -s peers has it")
     found: Library = LIBRARIES[library]
-    model = purecnn.create(name, **dict.fromkeys(TABLE[name].draws, 0.0))
+    model = purecnn.create(name, **dict.fromkeys(TABLE[name].draws, 0.0), **bare(library, name))
     module = found.to_module(model, *model.init(random.key(0)))
     state_dict = drawn_state_dict(module)
     module.load_state_dict(state_dict)
@@ -75,7 +80,7 @@ def test_model_equals_the_library_s(library: str, name: str) -> None:
 def test_functions_of_timms_published_weights(name: str) -> None:
     peer = pytest.importorskip("timm", reason="timm is not installed: nox -s peers has it")
     assert peer.is_model_pretrained(timm.NAMES[name])
-    model, module = purecnn.create(name), peer.create_model(timm.NAMES[name])
+    model, module = purecnn.create(name, **bare("timm", name)), peer.create_model(timm.NAMES[name])
     module.load_state_dict(drawn_state_dict(module))
     params, state = timm.from_state_dict(model, module.state_dict())
     x = random.normal(random.key(1), (1, 3, 96, 96))
@@ -239,7 +244,7 @@ def test_rules_fill_every_leaf_once(library: str) -> None:
     """Without the library: its names and ours are one to one."""
     found = LIBRARIES[library]
     for name in (name for lib, name in PAIRS if lib == library):
-        model = purecnn.create(name)
+        model = purecnn.create(name, **bare(library, name))
         params, state = leaves(model, found.family(model).rules(model))
         keys = [leaf.key for leaf in (*params, *state)]
         assert len(set(keys)) == len(keys)
