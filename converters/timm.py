@@ -126,12 +126,17 @@ def about(model: Model, weights: str | None = None) -> tuple[Model, Preprocessin
         are evaluated with; what is done to a picture before; where the weights are from (JSON-able).
 
     Raises:
-        ConversionError: if timm has no such weights, or cuts pictures for them in another way than out of the middle.
+        ConversionError: if timm has no such weights, they are without a head, or they want pictures cut in another way
+            than out of the middle.
     """
     name = _known(model, weights)
-    found = _timm().get_pretrained_cfg(name)
-    if found is None or found.crop_mode != "center":
-        raise ConversionError(f"timm has no weights {name!r} for pictures whose middle is cut out")
+    timm = _timm()
+    if not timm.is_model_pretrained(name):
+        raise ConversionError(f"timm has no weights {name!r}")
+    found = timm.get_pretrained_cfg(name)
+    if found.num_classes < 1 or found.crop_mode != "center":
+        what = "have no head" if found.num_classes < 1 else f"want pictures cut in the way of {found.crop_mode!r}"
+        raise ConversionError(f"timm's {name} {what}")
     channels, size, _ = found.input_size
     preprocessing = Preprocessing(
         size, channels, int(size / found.crop_pct), tuple(found.mean), tuple(found.std), found.interpolation

@@ -136,6 +136,19 @@ def _picture() -> bytes:
     return file.getvalue()
 
 
+@pytest.mark.parametrize(
+    ("name", "weights", "message"),
+    [
+        ("resnet18", "nonsense", "timm has no weights 'nonsense'"),
+        ("resnet18", "resnet18.nonsense", r"timm has no weights 'resnet18\.nonsense'"),
+        ("convnext_tiny", "convnext_tiny.dinov3_lvd1689m", "have no head"),
+    ],
+)
+def test_weights_of_timm_that_are_none(untrained: Any, name: str, weights: str, message: str) -> None:
+    with pytest.raises(ConversionError, match=message):
+        timm.about(purecnn.create(name), weights)
+
+
 def test_settings_that_weights_of_timm_were_trained_with(untrained: Any) -> None:
     wide = purecnn.create("mobilenet_v2", width=1.4, image_size=64)
     params, _ = timm.pretrained(wide, "mobilenetv2_140.ra_in1k")
