@@ -26,7 +26,7 @@ from rich.progress import Progress
 from rich.text import Text
 
 import purecnn
-from converters import checkpoint, explaining, files, recipes, run
+from converters import checkpoint, explaining, files, pytorchcv, recipes, run, timm
 from converters import torchvision as tv
 from converters.arguments import (
     AsJson,
@@ -95,6 +95,7 @@ def list_command(
                     "paper": model.paper.title,
                     "reference": model.paper.reference,
                     "weights": {entry.name: tv.accuracies(entry) for entry in tv.weights_entries(model)},
+                    "elsewhere": {library: names[name] for library, names in ELSEWHERE.items() if name in names},
                 }
             )
     if as_json:
@@ -108,9 +109,13 @@ def list_command(
             f"{row['parameters']:,}",
             f"{row['macs'] / 1e9:.3f}",
             row["reference"],
-            ", ".join(_scored(name, scores) for name, scores in row["weights"].items()),
+            ", ".join([*(_scored(name, scores) for name, scores in row["weights"].items()), *row["elsewhere"]]),
         )
     screen.print(result)
+
+
+ELSEWHERE = {"timm": timm.NAMES, "pytorchcv": pytorchcv.NAMES}
+"""Other libraries that publish weights, and their names of them."""
 
 
 def _scored(name: str, scores: dict[str, float]) -> str:
