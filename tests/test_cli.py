@@ -58,7 +58,7 @@ def test_list() -> None:
     rows = [row for row in rows if row["name"] == "mobilenet_v2"]
     assert rows[0]["weights"]["IMAGENET1K_V2"] == {"acc@1": 72.154, "acc@5": 90.822}
     assert rows[0]["elsewhere"] == {"timm": "mobilenetv2_100.ra_in1k"}
-    assert re.search(r"xception .*arXiv:1610\.02357\s+timm\n", call("list", "xception").output)
+    assert re.search(r"xception .*arXiv:1610\.02357\s+timm\s*\n", call("list", "xception").output)
 
 
 def test_inspect() -> None:
