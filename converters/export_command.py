@@ -27,7 +27,9 @@ _BOUND = 1e-3
 
 
 def export_command(
-    source: Annotated[str, typer.Argument(help="A checkpoint, a run's folder, weights with --model, or DEFAULT.")],
+    source: Annotated[
+        str, typer.Argument(help="A checkpoint or a run's folder; with --model weights, DEFAULT, or timm:NAME.")
+    ],
     target: Annotated[Path, typer.Argument(help="The file to write: .onnx, or .pt2 for torch.export.")],
     model: Annotated[str | None, typer.Option("--model", help="Of weights that do not say it themselves.")] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Machine code in the .pt2, for this machine.")] = False,

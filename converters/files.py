@@ -74,7 +74,11 @@ def contents(path: str | os.PathLike[str], entry: str | None = None) -> Contents
         return Contents(inside[entry] if entry is not None else next(iter(inside.values())), {})
     if inside or entry is not None:
         there = " and under ".join(map(repr, inside)) or "no name"
-        which = "say which of them, as entry" if entry is None else f"there is no such entry as {entry!r}"
+        which = (
+            "say which of them, as entry (of purecnn convert: --entry)"
+            if entry is None
+            else f"there is no such entry as {entry!r}"
+        )
         raise FileError(f"{path} holds tensors under {there}: {which}")
     what = f"a dictionary of {', '.join(map(str, entries))}" if entries else f"a {type(found).__name__}"
     raise FileError(f"{path} holds something else than a dictionary of tensors: {what[:200]}")

@@ -64,6 +64,9 @@ def load(source: str | os.PathLike[str], name: str | None = None, entry: str | N
         ConversionError: if it holds another model's weights.
     """
     path = Path(source)
+    is_file = not str(source).startswith(TIMM) and (path.is_file() or bool(path.suffix))
+    if entry is not None and not is_file:
+        raise FileError(f"an entry is part of a file, and {source} is none")
     if str(source).startswith(TIMM):
         if name is None:
             raise NamelessError(f"{source} does not say which model its weights are of: name it")
@@ -71,7 +74,7 @@ def load(source: str | os.PathLike[str], name: str | None = None, entry: str | N
         model, preprocessing, origin = timm.about(purecnn.create(name), weights)
         classes = tv.classes(tv.weights_entry(purecnn.create("resnet50"))) if model.num_classes == 1000 else None
         return Source(model, *timm.pretrained(model, weights), preprocessing, classes, origin)
-    if path.is_file() or path.suffix:
+    if is_file:
         found = files.contents(path, entry)
         if checkpoint.is_checkpoint(found):
             about, params, state = checkpoint.restore(path, found)

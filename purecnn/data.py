@@ -241,7 +241,7 @@ class Preprocessing:
         (0.5, 0.5, 0.5)
         """
         std = 1 / (white - black)
-        return replace(self, mean=(-black * std,) * self.channels, std=(std,) * self.channels)
+        return replace(self, mean=(0.0 - black * std,) * self.channels, std=(std,) * self.channels)
 
     def evaluation(self) -> v2.Compose:
         """The transform from a PIL image (or a uint8 array or tensor) to a float32 (channels, size, size)."""

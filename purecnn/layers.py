@@ -190,13 +190,18 @@ def conv(
         kernel: height and width of the kernel, pixels.
         stride: step of the kernel, pixels.
         padding: zeros on each side, pixels; by default ``dilation * (kernel - 1) // 2``, which at stride 1 keeps the
-            size of an image if the kernel is odd; an even one makes it a pixel smaller.
+            size of an image, but for an even kernel with an odd dilation, which makes it a pixel smaller.
         groups: channels are convolved in this many separate groups.
         dilation: step from one of the kernel's weights to the next, pixels.
         bias: add a number to each output channel.
         init: of the weight ``(features, c / groups, *kernel)``; by default uniform on ``+-1 / sqrt(fan_in)``.
         bias_init: likewise.
+
+    Raises:
+        ValueError: if ``dilation`` is below 1.
     """
+    if dilation < 1:
+        raise ValueError(f"the dilation of a convolution is at least 1, found {dilation}")
     height, width = _pair(kernel)
     pad = _pair((dilation * (height - 1) // 2, dilation * (width - 1) // 2) if padding is None else padding)
     draw = init or initializers.fan_in_uniform()

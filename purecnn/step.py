@@ -163,7 +163,7 @@ def make_step(
         optimizer: the update rule.
         loss: of outputs and labels; by default the network's own if it has one, else `loss_function`.
         label_smoothing: see `loss_function`.
-        aux_weight: see `loss_function`.
+        aux_weight: see `loss_function`; a loss of the network's own has its own weights.
         trainable: which parameters to train; by default all. The others stay as they are, and no gradient is
             computed for them.
         statistics: what batch normalisation uses: the batch's, or ``"running"`` ones, which then stay frozen, or

@@ -206,6 +206,7 @@ def test_convert_what_a_wrapped_grey_network_left_of_its_training(folder: Path) 
     words = ("convert", "run.pth", "ours.safetensors", "--model", "squeezenet1_1")
     assert "say which" in str(call(*words).exception)
     assert not Path("ours.safetensors").exists()
+    assert "an entry is part of a file" in str(call("convert", "DEFAULT", *words[2:], "--entry", "model").exception)
     result = call(*words, "--entry", "model")
     assert result.exit_code == 0, result.output
     found, params, state = checkpoint.load("ours.safetensors")

@@ -59,6 +59,11 @@ def test_conv_is_torchs(
     assert torch.equal(y, module(x))
 
 
+def test_dilation_is_positive() -> None:
+    with pytest.raises(ValueError, match="dilation of a convolution is at least 1, found 0"):
+        conv(2, 3, dilation=0)
+
+
 @given(st.integers(1, 5), st.integers(1, 5), st.booleans())
 def test_linear_is_torchs(inputs: int, features: int, bias: bool) -> None:
     x = images(3, inputs)

@@ -1,5 +1,6 @@
 """Networks that no other library has, beside their papers' formulas written out with torch alone."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -63,8 +64,28 @@ def test_capsnet_and_its_loss() -> None:
             total += max(0.9 - length, 0) ** 2 if k == label else 0.5 * max(length - 0.1, 0) ** 2
         total -= 0.0005 * drawn[label]
     assert_close(margin_loss(output, labels), total / 2, rtol=1e-9)
+    shares = F.one_hot(labels, 5).double()
+    assert_close(margin_loss(output, shares), total / 2, rtol=1e-9)
+    mixed = margin_loss(output, 0.25 * shares + 0.75 * shares.flip(0))
+    assert_close(mixed, 0.25 * total / 2 + 0.75 * margin_loss(output, labels.flip(0)), rtol=1e-9)
     plain = margin_loss(output.logits, labels)
     assert_close(margin_loss(output, labels) - plain, -0.0005 * output.aux[0][[0, 1], labels].mean(), rtol=1e-9)
+
+
+def test_routing_takes_a_round() -> None:
+    with pytest.raises(ValueError, match="at least 1 round, found 0"):
+        CASES["capsnet"].model(rounds=0).spec()
+
+
+@pytest.mark.parametrize("width", [8, 18])
+def test_amoebanet_has_no_narrower_cells(width: int) -> None:
+    with pytest.raises(ValueError, match=f"a multiple of 4 and at least 16, found {width}"):
+        CASES["amoebanet"].model(width=width)
+
+
+def test_stochastic_depth_takes_images_of_any_size() -> None:
+    model = CASES["stochastic_depth"].model(image_size=15)
+    assert model.apply(*model.init(random.key(0)), torch.ones(2, 3, 15, 13))[0].shape == (2, 5)
 
 
 def test_vectors_of_zeros_have_a_derivative() -> None:

@@ -91,14 +91,16 @@ def amoebanet(depth: int, width: int, *, stem_width: int = 32, num_classes: int 
 
     Args:
         depth: normal cells of each of the three stages; DAWNBench's N is of all together, GPipe's L too.
-        width: channels of an operation in the first stage's normal cells, F or D there; a multiple of 4.
+        width: channels of an operation in the first stage's normal cells, F or D there; a multiple of 4, from 16 on.
         stem_width: channels of the first convolution.
         num_classes: outputs of the head.
         dropout: rate before the head.
 
     Raises:
-        ValueError: as from `purecnn.zoo.nasnet.network`.
+        ValueError: for another width, and as from `purecnn.zoo.nasnet.network`.
     """
+    if width % 4 or width < 16:
+        raise ValueError(f"a width is a multiple of 4 and at least 16, found {width}")
     return drawn(
         network(
             NORMAL,

@@ -7,7 +7,8 @@ in every block. A perceptron decides on channels, dilated convolutions that see 
 make one factor between 1 and 2 for each number. Any network of stages can take it: see `bam`.
 
 Deviations: where the paper adds the two maps and has a normalisation at the end of both, the authors' code, and this,
-multiplies them and normalises before each rectifier. Weights are drawn by He's rule, like the network around them.
+multiplies them and normalises before each rectifier. So a vector is normalised, of one value per channel, and a batch
+of one image cannot be trained with its own statistics. Weights are drawn by He's rule, like the network around them.
 """
 
 from collections.abc import Sequence

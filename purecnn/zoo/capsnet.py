@@ -4,9 +4,11 @@
 
 What it tried instead of pooling: each small group of numbers, a capsule, predicts what the capsules above it should
 say, and is heard the more the better it agrees with the others. The outputs are the lengths of the classes' capsules,
-between 0 and 1, and `margin_loss` is theirs. In training a decoder draws the image again from each class's capsule
-alone; it is the auxiliary head, and speaks as `purecnn.zoo.lenet5_1998` does: minus the squared distance between its
-drawing and the image, so the largest value is the class that draws best. Pixels are between 0 and 1.
+between 0 and 1, and `margin_loss` is theirs. (They are no logits: a softmax over ten of them, which tools take for
+probabilities, stays below 23 %; which one is the largest is what counts.) In training a decoder draws the image again
+from each class's capsule alone; it is the auxiliary head, and speaks as `purecnn.zoo.lenet5_1998` does: minus the
+squared distance between its drawing and the image, so the largest value is the class that draws best. Pixels are
+between 0 and 1.
 
 6,804,224 parameters, and 1,411,344 of the decoder. Initial values are those of the authors' code. Deviation: 1e-12
 stands under the roots, so that vectors of zeros have a derivative.
@@ -69,7 +71,12 @@ def route(votes: Tensor, rounds: int) -> Tensor:
 
     Returns:
         (batch, above, numbers).
+
+    Raises:
+        ValueError: if ``rounds`` is below 1.
     """
+    if rounds < 1:
+        raise ValueError(f"capsules are routed in at least 1 round, found {rounds}")
     agreement = votes.new_zeros(votes.shape[:-1])
     for last in [False] * (rounds - 1) + [True]:
         above = squash(torch.einsum("bnc,bnco->bco", agreement.softmax(-1), votes))
@@ -186,15 +193,18 @@ def capsnet(
 def margin_loss(outputs: Tensor | Outputs, labels: Tensor) -> Tensor:
     """Equation 4, the mean over the batch: lengths of at least 0.9 for the label, and of at most 0.1 for the others.
 
-    In training, 0.0005 times the squared distance of the label's drawing is added (section 4.1).
+    In training, 0.0005 times the squared distance of the label's drawing is added (section 4.1). Labels are indices, or
+    each class's share of the image.
     """
     lengths = outputs.logits if isinstance(outputs, Outputs) else outputs
-    own = labels[..., None] == torch.arange(lengths.shape[-1], device=lengths.device)
-    loss = torch.where(own, (0.9 - lengths).relu().square(), 0.5 * (lengths - 0.1).relu().square())
+    shares = labels.ndim == lengths.ndim  # of mixed images
+    own = labels if shares else labels[..., None] == torch.arange(lengths.shape[-1], device=lengths.device)
+    own = own.to(lengths.dtype)
+    loss = own * (0.9 - lengths).relu().square() + 0.5 * (1 - own) * (lengths - 0.1).relu().square()
     total = loss.sum(-1).mean()
     if isinstance(outputs, Outputs):
         (aux,) = outputs.aux
-        total = total - 0.0005 * aux.gather(-1, labels[..., None]).mean()
+        total = total - 0.0005 * (own * aux).sum(-1).mean()
     return total
 
 

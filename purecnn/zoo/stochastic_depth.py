@@ -15,7 +15,6 @@ biases are left out here, since a normalisation follows. No further deviations.
 from collections.abc import Sequence
 
 import torch.nn.functional as F
-from einops import reduce
 from torch import Tensor
 
 from purecnn import layers
@@ -34,10 +33,13 @@ PAPER = Paper(
 
 
 def mean_and_zeros(width: int, stride: int) -> Layer:
-    """A shortcut without parameters: the mean of each square of pixels, and channels of zeros after the image's own."""
+    """A shortcut without parameters: the mean of each square of pixels, and channels of zeros after the image's own.
+
+    At the border of an image of odd size a square is cut.
+    """
 
     def shortcut(x: Tensor) -> Tensor:
-        small = reduce(x, "b c (h i) (w j) -> b c h w", "mean", i=stride, j=stride)
+        small = x if stride == 1 else F.avg_pool2d(x, stride, stride, ceil_mode=True, count_include_pad=False)
         return F.pad(small, (0, 0, 0, 0, 0, width - x.shape[1]))
 
     return stateless(shortcut)
