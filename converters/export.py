@@ -124,8 +124,8 @@ def save_program(path: str | os.PathLike[str], program: ExportedProgram, notes: 
     # By way of memory: where a disk is full, torch would not raise but abort.
     held = io.BytesIO()
     torch.export.save(program, held, extra_files=dict(notes or {}))
-    with replacing(path) as file:
-        file.write_bytes(held.getbuffer())
+    with replacing(path) as file, held.getbuffer() as view:
+        file.write_bytes(view)
 
 
 def save_onnx(path: str | os.PathLike[str], program: ExportedProgram, notes: Notes | None = None) -> None:

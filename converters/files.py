@@ -157,7 +157,7 @@ def write(
         if suffix == ".pth":
             held = io.BytesIO()  # of a full disk torch would say neither that nor the file's name
             torch.save(tensors, held)
-            with held.getbuffer() as view:  # let go of even if that fails, before its owner is
+            with held.getbuffer() as view:
                 file.write_bytes(view)
             return
         notes = dict(metadata or {})

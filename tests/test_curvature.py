@@ -17,6 +17,7 @@ import purecnn
 from purecnn import random, serial, tree
 from purecnn.curvature import (
     Spectrum,
+    dot,
     fisher_blocks,
     fisher_diagonal,
     frozen,
@@ -91,6 +92,12 @@ def close(a: Any, b: Any, tolerance: float = 1e-10) -> None:
 
 
 @pytest.mark.parametrize("mode", NETWORKS)
+def test_products_of_long_vectors_keep_their_digits() -> None:
+    v = random.uniform(random.key(0), (1 << 22,))
+    exact = float(v.double() @ v.double())
+    assert abs(float(dot(v, v)) / exact - 1) < 1e-6
+
+
 def test_hvp_is_the_hessian_times_a_vector(mode: str) -> None:
     loss = loss_of(NETWORKS[mode])
     explicit = dense_hessian(loss, PARAMS)

@@ -1,5 +1,6 @@
 """Files of networks and functions do what the functions do."""
 
+import errno
 import functools
 import json
 import math
@@ -50,6 +51,18 @@ def test_every_family_as_program_and_as_onnx(case: Case, tmp_path: Path) -> None
         # ONNX Runtime sums in another order.
         bound = 1e-5 * float(expected.abs().max())
         assert_close(run_onnx(tmp_path / "model.onnx", images), expected, rtol=0, atol=bound)
+
+
+def test_a_program_on_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **named: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    model = purecnn.create("lenet5")
+    program = export.program(model, *model.init(KEY))
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        export.save_program(tmp_path / "x.pt2", program)
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # PyTorch 2.11 reads its file so
