@@ -5,7 +5,7 @@ A new network is a new row of `TABLE`, and a new family is also a row of `CASES`
 
 import shutil
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import pytest
@@ -455,3 +455,51 @@ class Mutations(TorchDispatchMode):
         if func._schema.is_mutable:
             self.found.append(str(func))
         return func(*args, **(kwargs or {}))
+
+
+def trained_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """After a backward pass a module's gradients, zeros where there are none, and its buffers, by its own names."""
+    grads = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in module.named_parameters()}
+    return grads | dict(module.named_buffers())
+
+
+def assert_computes_as(
+    model: Model,
+    params: Tree,
+    state: Tree,
+    module: nn.Module,
+    x: Tensor,
+    found: Callable[[], tuple[Tree, Tree]],
+    *,
+    single: bool = True,
+) -> None:
+    """A network is a module's: logits, gradients and statistics.
+
+    Evaluation is compared in single precision. Training in double: through tens of normalisations, the last digits of
+    single precision become the third, wherever sums are taken in another order.
+
+    Args:
+        model, params, state: the network, without draws.
+        module: which computes the same; it ends in double precision, with gradients.
+        x: images.
+        found: gives the module's gradients and statistics as our trees.
+        single: whether evaluation is compared.
+    """
+    if single:
+        with torch.no_grad():
+            assert_close(model.apply(params, state, x)[0], module.eval()(x), rtol=1e-5, atol=0)
+    module, x = module.double(), x.double()
+    params, state = to(torch.float64, params), to(torch.float64, state)
+    theirs = module.train()(x)
+    loss_of([theirs]).backward()
+    leaves = tree.map(lambda leaf: leaf.detach().requires_grad_(), params)
+    output, new_state = model.apply(leaves, state, x, train=True)
+    logits = heads(output)[0]
+    assert_close(logits.detach(), theirs.detach(), rtol=1e-9, atol=0)
+    flat = tree.flatten(leaves)
+    gradients = torch.autograd.grad(loss_of([logits]), list(flat.values()), allow_unused=True, materialize_grads=True)
+    expected, statistics = found()
+    flat_expected = tree.flatten(expected)
+    for (path, _), gradient in zip(flat.items(), gradients, strict=True):
+        assert_close(gradient, flat_expected[path], rtol=1e-9, atol=1e-12)
+    assert_close(new_state, statistics, rtol=1e-9)

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import purecnn
-from converters.rules import Rules, to_tensors, to_trees
+from converters.rules import Rules, to_trees
 from purecnn import random, tree
-from tests.table import assert_close, drawn_state_dict, loss_of, to
+from tests.table import assert_computes_as, drawn_state_dict, trained_tensors
 
 # models/official/amoeba_net/model_specs.py: operations, their inputs, and which states are not joined.
 NORMAL = (
@@ -179,23 +179,7 @@ def test_equals_the_authors_code(depth: int, stem_width: int, size: int) -> None
     module.load_state_dict(state_dict)
     params, state = to_trees(model, rules, state_dict)
     x = random.normal(random.key(1), (3, 3, size, size))
-    with torch.no_grad():
-        assert_close(model.apply(params, state, x)[0], module.eval()(x), rtol=1e-5, atol=0)
-
-    module, x = module.double(), x.double()
-    params, state = to(torch.float64, params), to(torch.float64, state)
-    theirs = module.train()(x)
-    loss_of([theirs]).backward()
-    leaves = tree.map(lambda leaf: leaf.detach().requires_grad_(), params)
-    logits, new_state = model.apply(leaves, state, x, train=True)
-    assert_close(logits.detach(), theirs.detach(), rtol=1e-9, atol=0)
-    flat = tree.flatten(leaves)
-    gradients = torch.autograd.grad(loss_of([logits]), list(flat.values()))
-    ours = to_tensors(model, rules, tree.unflatten(dict(zip(flat, gradients, strict=True))), new_state)
-    named = dict(module.named_parameters())
-    assert_close({key: ours[key] for key in named}, {key: p.grad for key, p in named.items()}, rtol=1e-9, atol=1e-12)
-    buffers = dict(module.named_buffers())
-    assert_close({key: ours[key].double() for key in buffers}, {key: b.double() for key, b in buffers.items()}, 1e-9)
+    assert_computes_as(model, params, state, module, x, lambda: to_trees(model, rules, trained_tensors(module)))
 
 
 @pytest.mark.parametrize(

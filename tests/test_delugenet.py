@@ -7,7 +7,7 @@ from torch import Tensor, nn
 import purecnn
 from purecnn import random, tree
 from purecnn.tree import Tree
-from tests.table import assert_close, drawn_state_dict, loss_of, to
+from tests.table import assert_computes_as, drawn_state_dict
 
 
 class CrossLayer(nn.Module):
@@ -111,21 +111,7 @@ def test_equals_the_authors_code(name: str, n: int, width: int) -> None:
     params, state = trees(module)
     model.check(params, state)
     x = random.normal(random.key(1), (2, 3, 32, 32))
-    with torch.no_grad():
-        assert_close(model.apply(params, state, x)[0], module.eval()(x), rtol=1e-5, atol=0)
-
-    module, x = module.double(), x.double()
-    params, state = to(torch.float64, params), to(torch.float64, state)
-    theirs = module.train()(x)
-    loss_of([theirs]).backward()
-    leaves = tree.map(lambda leaf: leaf.detach().requires_grad_(), params)
-    logits, new_state = model.apply(leaves, state, x, train=True)
-    assert_close(logits.detach(), theirs.detach(), rtol=1e-9, atol=0)
-    flat = tree.flatten(leaves)
-    gradients = torch.autograd.grad(loss_of([logits]), list(flat.values()))
-    expected = tree.flatten(trees(module, gradients=True)[0])
-    assert_close(dict(zip(flat, gradients, strict=True)), {path: expected[path] for path in flat}, 1e-9, 1e-12)
-    assert_close(to(torch.float64, new_state), to(torch.float64, trees(module)[1]), rtol=1e-9)
+    assert_computes_as(model, params, state, module, x, lambda: (trees(module, gradients=True)[0], trees(module)[1]))
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,21 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
 import purecnn
 from converters import checkpoint, peers_shared, pytorchcv, timm
 from converters.library import Library
 from converters.rules import ConversionError, leaves
-from purecnn import data, random, tree
-from tests.table import TABLE, assert_close, differences, drawn_state_dict, heads, loss_of, to
+from purecnn import data, random
+from tests.table import (
+    TABLE,
+    assert_close,
+    assert_computes_as,
+    differences,
+    drawn_state_dict,
+    trained_tensors,
+)
 from tests.test_cli import call
 
 LIBRARIES = {"pytorchcv": pytorchcv.LIBRARY, "timm": timm.LIBRARY}
@@ -50,29 +57,15 @@ def test_model_equals_the_library_s(library: str, name: str) -> None:
     # Some pool the published size of images alone.
     size = 96 if (library, name) in SMALL else model.image_size
     x = random.normal(random.key(1), (2, model.in_channels, size, size))
-    if name != "cbam_resnet50":  # its perceptron sees means and maxima at once: another order of sums, other maxima
-        with torch.no_grad():
-            assert_close(model.apply(params, state, x)[0], module.eval()(x), rtol=1e-5, atol=0)
-
-    # In training in double precision: through tens of normalisations, the last digits of single precision become the
-    # third, wherever a library sums in another order (pytorchcv's last pool does).
-    module, x = module.double(), x.double()
-    params, state = to(torch.float64, params), to(torch.float64, state)
-    theirs = module.train()(x)
-    loss_of([theirs]).backward()
-    theirs = theirs.detach()
-    leaves = tree.map(lambda leaf: leaf.detach().requires_grad_(), params)
-    output, new_state = model.apply(leaves, state, x, train=True)
-    logits: Tensor = heads(output)[0]
-    assert_close(logits.detach(), theirs, rtol=1e-9, atol=0)
-    flat = tree.flatten(leaves)
-    gradients = torch.autograd.grad(loss_of([logits]), list(flat.values()), allow_unused=True, materialize_grads=True)
-    ours = found.to_state_dict(model, tree.unflatten(dict(zip(flat, gradients, strict=True))), new_state)
-    named = dict(module.named_parameters())
-    assert_close({key: ours[key] for key in named}, {key: p.grad for key, p in named.items()}, rtol=1e-9, atol=1e-12)
-    buffers = dict(module.named_buffers())
-    assert_close(
-        {key: ours[key].double() for key in buffers}, {key: b.double() for key, b in buffers.items()}, rtol=1e-9
+    # CBAM's perceptron sees means and maxima at once: another order of sums, other maxima.
+    assert_computes_as(
+        model,
+        params,
+        state,
+        module,
+        x,
+        lambda: found.from_state_dict(model, trained_tensors(module)),
+        single=name != "cbam_resnet50",
     )
 
 
