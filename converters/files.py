@@ -70,16 +70,15 @@ def contents(path: str | os.PathLike[str], entry: str | None = None) -> Contents
         return Contents(found, {})
     entries = found if isinstance(found, dict) else {}
     inside = {key: value for key, value in entries.items() if _is_state_dict(value) and value}
-    if entry in inside or (entry is None and len(inside) == 1):
-        return Contents(inside[entry] if entry is not None else next(iter(inside.values())), {})
+    wanted = next(iter(inside)) if entry is None and len(inside) == 1 else entry
+    if wanted in inside:
+        return Contents(inside[wanted], {})
     if inside or entry is not None:
         there = " and under ".join(map(repr, inside)) or "no name"
-        which = (
-            "say which of them, as entry (of purecnn convert: --entry)"
-            if entry is None
-            else f"there is no such entry as {entry!r}"
+        say = "say which of them, as entry (of purecnn convert: --entry)"
+        raise FileError(
+            f"{path} holds tensors under {there}: {say if entry is None else f'there is no such entry as {entry!r}'}"
         )
-        raise FileError(f"{path} holds tensors under {there}: {which}")
     what = f"a dictionary of {', '.join(map(str, entries))}" if entries else f"a {type(found).__name__}"
     raise FileError(f"{path} holds something else than a dictionary of tensors: {what[:200]}")
 

@@ -33,22 +33,22 @@ def _module(architecture: str, model: Model, **options: Any) -> nn.Module:
     return module
 
 
-def _inverted(model: Model, separable: Pairs, first: int) -> Rules:
-    """timm counts stages from 0; ours of the bottlenecks begin with ``first``, separable convolutions before it."""
+def _inverted(model: Model, separable: Pairs) -> Rules:
+    """timm counts stages from 0; bottlenecks begin with our second, before them are separable convolutions."""
     stages = len(model.settings["stages"]) if "stages" in model.settings else 7  # MnasNet's
     last = f"stage{stages + 1}"
     pairs: Pairs = [("conv_stem", "stem.conv"), ("bn1", "stem.norm"), ("classifier", "head.linear"), *separable]
-    for i in range(first, stages + 1):
+    for i in range(2, stages + 1):
         pairs += under(f"blocks.{i - 1}.{{b}}", f"stage{i}.{{b}}", MBCONV)
     return Rules(*pairs, ("conv_head", f"{last}.conv"), ("bn2", f"{last}.norm"))
 
 
 def _mobilenet_v2_rules(model: Model) -> Rules:
-    return _inverted(model, under("blocks.0.{b}", "stage1.{b}", SEPARABLE), 2)
+    return _inverted(model, under("blocks.0.{b}", "stage1.{b}", SEPARABLE))
 
 
 def _mnasnet_rules(model: Model) -> Rules:
-    return _inverted(model, under("blocks.0.0", "stage1", SEPARABLE), 2)
+    return _inverted(model, under("blocks.0.0", "stage1", SEPARABLE))
 
 
 def _mnasnet(architecture: str, model: Model) -> nn.Module:

@@ -63,34 +63,36 @@ def load(source: str | os.PathLike[str], name: str | None = None, entry: str | N
         NamelessError: if nothing says which model the weights are of.
         ConversionError: if it holds another model's weights.
     """
-    path = Path(source)
-    is_file = not str(source).startswith(TIMM) and (path.is_file() or bool(path.suffix))
+    path, words = Path(source), str(source)
+    is_file = not words.startswith(TIMM) and (path.is_file() or bool(path.suffix))
     if entry is not None and not is_file:
         raise FileError(f"an entry is part of a file, and {source} is none")
-    if str(source).startswith(TIMM):
-        if name is None:
-            raise NamelessError(f"{source} does not say which model its weights are of: name it")
-        weights = str(source).removeprefix(TIMM) or None
+    found = files.contents(path, entry) if is_file else None
+    if found is not None and checkpoint.is_checkpoint(found):
+        about, params, state = checkpoint.restore(path, found)
+        if name not in (None, about.model.name):
+            raise ConversionError(f"{path} is a checkpoint of {about.model.name}, not of {name}")
+        return Source(about.model, params, state, about.preprocessing, about.classes, about.origin)
+    if found is not None and (kind := found.metadata.get("format", "")).startswith("purecnn"):
+        raise FileError(f"{path} is no checkpoint of this version of purecnn, but of the format {kind}")
+    if name is None:
+        raise NamelessError(f"{source} does not say which model its weights are of: name it")
+    if found is not None:
+        return _from_state_dict(name, found.tensors, path.name)
+    if words.startswith(TIMM):
+        weights = words.removeprefix(TIMM) or None
         model, preprocessing, origin = timm.about(purecnn.create(name), weights)
         classes = tv.classes(tv.weights_entry(purecnn.create("resnet50"))) if model.num_classes == 1000 else None
         return Source(model, *timm.pretrained(model, weights), preprocessing, classes, origin)
-    if is_file:
-        found = files.contents(path, entry)
-        if checkpoint.is_checkpoint(found):
-            about, params, state = checkpoint.restore(path, found)
-            if name not in (None, about.model.name):
-                raise ConversionError(f"{path} is a checkpoint of {about.model.name}, not of {name}")
-            return Source(about.model, params, state, about.preprocessing, about.classes, about.origin)
-        if (kind := found.metadata.get("format", "")).startswith("purecnn"):
-            raise FileError(f"{path} is no checkpoint of this version of purecnn, but of the format {kind}")
-        if name is None:
-            raise NamelessError(f"{path} does not say which model its weights are of: name it")
-        return _from_state_dict(name, found.tensors, path.name)
-    if name is None:
-        raise NamelessError(f"{source} does not say which model its weights are of: name it")
-    entry = tv.weights_entry(purecnn.create(name), str(source))
-    model = _published(name, entry)
-    return Source(model, *tv.pretrained(model, entry), tv.preprocessing(entry), tv.classes(entry), tv.origin(entry))
+    published = tv.weights_entry(purecnn.create(name), words)
+    model = _published(name, published)
+    return Source(
+        model,
+        *tv.pretrained(model, published),
+        tv.preprocessing(published),
+        tv.classes(published),
+        tv.origin(published),
+    )
 
 
 def _published(name: str, entry: WeightsEnum) -> Model:

@@ -502,4 +502,4 @@ def assert_computes_as(
     flat_expected = tree.flatten(expected)
     for (path, _), gradient in zip(flat.items(), gradients, strict=True):
         assert_close(gradient, flat_expected[path], rtol=1e-9, atol=1e-12)
-    assert_close(new_state, statistics, rtol=1e-9)
+    assert_close(new_state, statistics, rtol=1e-9, atol=1e-12)
