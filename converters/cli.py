@@ -288,7 +288,7 @@ def predict(
             logits, _ = found.model.apply(found.params, found.state, transform(image)[None])
         if not logits.isfinite().all():
             raise ConversionError(f"{found.model.name} gives logits that are not finite for {path}: see the weights")
-        best = logits[0].softmax(0).topk(min(top, len(classes)))
+        best = found.model.probabilities(logits)[0].topk(min(top, len(classes)))
         answers = [(classes[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
         pictures.prediction(image, answers, target)
         results.append(

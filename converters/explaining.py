@@ -65,7 +65,7 @@ def explain_picture(source: Source, image: Image.Image, methods: Sequence[Method
     network = source.model, source.params, source.state
     with torch.no_grad():
         logits, _ = source.model.apply(source.params, source.state, x)
-    probability, best = (float(value) for value in logits[0].softmax(0).max(0))
+    probability, best = (float(value) for value in source.model.probabilities(logits)[0].max(0))
     target = int(best)
     maps: dict[MethodName, Tensor] = {}
     gap = None

@@ -125,7 +125,8 @@ def mistakes(
     confidences, predictions, labels = [], [], []
     with torch.no_grad():
         for images, truth in data.batches(dataset.test, prepare.evaluation(), 64):
-            probabilities = model.apply(params, state, images.to(device))[0].float().softmax(1).cpu()
+            logits = model.apply(params, state, images.to(device))[0].float()
+            probabilities = model.probabilities(logits).cpu()
             confidence, prediction = probabilities.max(1)
             confidences.append(confidence)
             predictions.append(prediction)

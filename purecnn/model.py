@@ -16,7 +16,7 @@ from torch import Tensor
 
 from purecnn import tree
 from purecnn.layer import Around, Law, Layer, Mode, Tap, logits_of
-from purecnn.paper import Loss, Paper, Variant
+from purecnn.paper import Loss, Paper, Variant, softmax
 from purecnn.tree import Tree
 from purecnn.zoo import VARIANTS
 
@@ -43,6 +43,9 @@ class Model:
     """What stands where the paper has batch normalisation: see `create`."""
     loss: Loss | None = None
     """The paper's own loss, where that is not cross-entropy."""
+    probabilities: Callable[[Tensor], Tensor] = softmax
+    """Reads outputs as probabilities, both (batch, classes): the softmax of logits, unless the paper means its outputs
+    otherwise; then they need not sum to one."""
     pixels: tuple[float, float] | None = None
     """What black and white are for this network, where its paper says so."""
     built: Layer | None = field(default=None, repr=False)
@@ -347,7 +350,7 @@ def replace_head(model: Model, params: Tree, state: Tree, num_classes: int, key:
         raise ValueError(f"{model.name!r} has a layer of its own: build it anew for {num_classes} classes")
     model.check(params, state)
     new = create(model.name, **{**model.settings, "num_classes": num_classes})
-    new = replace(new, loss=model.loss)
+    new = replace(new, loss=model.loss, probabilities=model.probabilities)
     fresh = new.init(key)
     like: Tensor = next(iter(tree.flatten(params).values()))
 
@@ -417,6 +420,7 @@ def create(
         counts["image_size"],
         norm,
         variant.loss,
+        variant.probabilities,
         variant.pixels,
         layer,
     )

@@ -14,6 +14,15 @@ Loss = Callable[[Any, Tensor], Tensor]
 mean over the batch."""
 
 
+def softmax(logits: Tensor) -> Tensor:
+    """Of logits (batch, classes), the probabilities (batch, classes).
+
+    >>> softmax(Tensor([[0, 0]]))
+    tensor([[0.5000, 0.5000]])
+    """
+    return logits.softmax(1)
+
+
 class Group(StrEnum):
     """What a paper explores, in the order in which the story is told.
 
@@ -90,6 +99,8 @@ class Variant:
     """How the paper draws the parameters, where it says so and the default is another law."""
     loss: Loss | None = None
     """What the paper minimises, where that is not cross-entropy."""
+    probabilities: Callable[[Tensor], Tensor] = softmax
+    """How outputs (batch, classes) are read as probabilities, where they are no logits."""
     pixels: tuple[float, float] | None = None
     """What black and white are for this network, where its paper says so and the usual normalisation will not do."""
     published: Published | None = None

@@ -48,6 +48,22 @@ def test_paper_is_cited(name: str) -> None:
     assert paper.reference.startswith(("arXiv:", "doi:"))
 
 
+@each_family
+def test_outputs_read_as_probabilities(case: Case) -> None:
+    built = case.model()
+    params, state = built.init(random.key(0))
+    logits, _ = built.apply(params, state, case.images())
+    found = built.probabilities(logits)
+    assert found.shape == logits.shape
+    assert found.min() >= 0
+    assert found.max() <= 1
+    if built.loss is None:
+        torch.testing.assert_close(found.sum(1), torch.ones(2))
+    else:
+        best = logits.argmax(1, keepdim=True)
+        assert torch.equal(found.gather(1, best), found.max(1, keepdim=True).values)
+
+
 def test_googlenet_without_auxiliary_heads() -> None:
     bare = purecnn.create("googlenet", aux_logits=False)
     assert tree.size(bare.spec()[0]) == 6_624_904

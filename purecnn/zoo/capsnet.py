@@ -4,11 +4,10 @@
 
 What it tried instead of pooling: each small group of numbers, a capsule, predicts what the capsules above it should
 say, and is heard the more the better it agrees with the others. The outputs are the lengths of the classes' capsules,
-between 0 and 1, and `margin_loss` is theirs. (They are no logits: a softmax over ten of them, which tools take for
-probabilities, stays below 23 %; which one is the largest is what counts.) In training a decoder draws the image again
-from each class's capsule alone; it is the auxiliary head, and speaks as `purecnn.zoo.lenet5_1998` does: minus the
-squared distance between its drawing and the image, so the largest value is the class that draws best. Pixels are
-between 0 and 1.
+between 0 and 1, each the probability that its class is there, and `margin_loss` is theirs. In training a decoder
+draws the image again from each class's capsule alone; it is the auxiliary head, and speaks as
+`purecnn.zoo.lenet5_1998` does: minus the squared distance between its drawing and the image, so the largest value is
+the class that draws best. Pixels are between 0 and 1.
 
 6,804,224 parameters, and 1,411,344 of the decoder. Initial values are those of the authors' code. Deviation: 1e-12
 stands under the roots, so that vectors of zeros have a derivative.
@@ -215,6 +214,7 @@ VARIANTS = {
         image_size=28,
         in_channels=1,
         loss=margin_loss,
+        probabilities=lambda lengths: lengths,
         pixels=(0.0, 1.0),  # the decoder's output is a sigmoid
         published=Published(0.25, "test error", "MNIST", "quoted in jarchv/capsnet-tensorflow"),
     )

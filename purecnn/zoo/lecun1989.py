@@ -103,6 +103,15 @@ def squared_error(outputs: Tensor, labels: Tensor) -> Tensor:
     return (outputs - (2 * hit.to(outputs.dtype) - 1)).square().mean()
 
 
+def certainty(outputs: Tensor) -> Tensor:
+    """Outputs between their targets, -1 and 1, as numbers between 0 and 1.
+
+    >>> certainty(torch.tensor([[-1.0, 0.0, 1.0, 1.7]]))
+    tensor([[0.0000, 0.5000, 1.0000, 1.0000]])
+    """
+    return ((outputs + 1) / 2).clamp(0, 1)
+
+
 VARIANTS = {
     "lecun1989": Variant(
         lecun1989,
@@ -110,6 +119,7 @@ VARIANTS = {
         image_size=16,
         in_channels=1,
         loss=squared_error,
+        probabilities=certainty,
         pixels=(-1.0, 1.0),
         published=Published(5.0, "test error", "zip codes", "quoted in karpathy/lecun1989-repro"),
     )
