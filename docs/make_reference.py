@@ -58,9 +58,20 @@ stands before what is given by keyword. The architectures are [the zoo's](zoo.md
 
 
 def documented(module: ModuleType) -> dict[str, str]:
-    """The values of a module below which a string says what they are."""
+    """The values of a module below which a string says what they are, here or where they are imported from."""
     body = ast.parse(inspect.getsource(module)).body
-    return {
+    origins = [node.module for node in body if isinstance(node, ast.ImportFrom) and node.module and node.level == 0]
+    imported = (
+        {}
+        if not hasattr(module, "__all__")
+        else {
+            name: text
+            for origin in origins
+            if origin.startswith(("purecnn.", "converters."))
+            for name, text in documented(importlib.import_module(origin)).items()
+        }
+    )
+    return imported | {
         name.id: ast.literal_eval(text.value)
         for value, text in itertools.pairwise(body)
         if isinstance(value, ast.Assign | ast.AnnAssign)

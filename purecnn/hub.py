@@ -14,7 +14,8 @@ from typing import Any
 
 from PIL import Image
 
-from purecnn.data import HELD_OUT, PHOTOGRAPHS, DataError, DataSet, Preprocessing, digest, read_example
+from purecnn.data import HELD_OUT, PHOTOGRAPHS, DataError, DataSet, Preprocessing, digest
+from purecnn.preprocessing import read_example
 
 __all__ = ["load"]
 
