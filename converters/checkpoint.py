@@ -77,16 +77,15 @@ def save(
 
 def _check_as_created(model: Model, params: Tree, state: Tree) -> None:
     """That the trees are those of what a reader will build from the file."""
-    built = purecnn.create(model.name, **model.settings)
+    if not model.is_built:
+        raise ConversionError(
+            f"a checkpoint holds {model.name} as purecnn.create builds it, not folded or otherwise changed: "
+            "save the network before it is folded"
+        )
     try:
-        check(built, params, state)
+        check(model, params, state)
     except ConversionError:
-        if model.layer is not model.built:
-            raise ConversionError(
-                f"a checkpoint holds {model.name} as purecnn.create builds it, not folded or otherwise changed: "
-                "save the network before it is folded"
-            ) from None
-        if count := _members((params, state), built.spec()):
+        if count := _members((params, state), model.spec()):
             raise ConversionError(
                 f"the trees have a first axis of {count} members, and a checkpoint holds one network: "
                 "save each of purecnn.ensembles.unstack((params, state))"

@@ -42,7 +42,7 @@ class Library:
     def _found(self, model: Model) -> Family | None:
         if not isinstance(model, Model):
             raise TypeError(f"expected a model, as from purecnn.create, found {_named(model)}")
-        return self.find(model)
+        return self.find(model) if model.is_built else None
 
     def family(self, model: Model) -> Family:
         """The library's names and module for a model.
@@ -54,7 +54,9 @@ class Library:
         found = self._found(model)
         if found is None:
             words = f"{self.name} has no counterpart of {model.name}"
-            if model.name in models.list_models():
+            if not model.is_built:
+                words += " with a layer of its own: convert the network as purecnn.create builds it"
+            elif model.name in models.list_models():
                 words += (
                     ": converters.torchvision has it, and reads any state_dict in the same names, "
                     "as of timm's ResNets and DenseNets"

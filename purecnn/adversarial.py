@@ -112,6 +112,9 @@ def pgd(
         raise ValueError(f"steps is at least 1, found {steps}")
     if isinstance(epsilon, (int, float)) and epsilon < 0:
         raise ValueError(f"epsilon is at least 0, found {epsilon}")
+    if norm == "2" and isinstance(epsilon, Tensor) and epsilon.shape not in ((), (len(x), 1, 1, 1)):
+        expected = f"one number, or one for each image, ({len(x)}, 1, 1, 1)"
+        raise ValueError(f"with norm='2' epsilon is {expected}, found {tuple(epsilon.shape)}")
     if bounds is not None and not is_transformed(x) and not x.equal(x.clamp(*(_like(bound, x) for bound in bounds))):
         raise ValueError("some images exceed the bounds, which are in the images' own units, as they are normalised")
     limit, size = _like(epsilon, x), _like(step_size, x) * (-1 if targeted else 1)

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.func import vmap
 from torch.utils import _pytree as pytree
 
-from purecnn import tree
+from purecnn import distributed, tree
 from purecnn.augment import Augment
-from purecnn.layer import logits_of
+from purecnn.layer import DRAW, logits_of
 from purecnn.model import Model
 from purecnn.optimizers import Optimizer
 from purecnn.paper import Loss
@@ -213,11 +213,13 @@ def make_ensemble_step(
         optimizer's. The metrics are (members,).
 
     Raises:
-        ValueError: if ``chunk_size`` is less than 1, or as from `make_step`; from the step, if its arguments are not
-            of as many members.
+        ValueError: if ``chunk_size`` is less than 1, in a process group, or as from `make_step`; from the step, if its
+            arguments are not of as many members, or its train state has an average or a loss scale.
     """
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, found {chunk_size}")
+    if distributed.world_size() > 1:
+        raise ValueError("an ensemble trains in one process; a process group is for one network")
     gradient = make_step(
         model,
         _GRADIENTS,
@@ -236,6 +238,8 @@ def make_ensemble_step(
         params, state, opt_state, count, extra = train_state
         if not count.ndim:
             raise ValueError("the train state is of one network: begin with purecnn.ensembles.start")
+        if extra:
+            raise ValueError(f"an ensemble's step keeps no {', '.join(extra)}: begin with purecnn.ensembles.start")
         for name, each in (("key", key), ("learning_rates", learning_rates)):
             if each is not None and (not each.ndim or len(each) != len(count)):
                 raise ValueError(f"{name} has one for each of {len(count)} members, found {tuple(each.shape)}")
@@ -372,12 +376,24 @@ def mc_dropout(model: Model, params: Tree, state: Tree, x: Tensor, keys: Tensor)
         model, params, state: the network, one with dropout.
         x: images, (batch, channels, height, width).
         keys: of the masks, (keys, 2): ``random.split(key, count)``.
+
+    Raises:
+        ValueError: if the network draws nothing.
     """
+    drawn = False
+
+    def tap(path: str, given: Any, value: Any) -> Any:
+        nonlocal drawn
+        drawn = drawn or path.rpartition(".")[2] == DRAW
+        return value
 
     def one(key: Tensor) -> Tensor:
-        return logits_of(model.apply(params, state, x, train=True, statistics="running", key=key)[0])
+        return logits_of(model.apply(params, state, x, train=True, statistics="running", key=key, tap=tap)[0])
 
-    return vmap(one)(keys)
+    found = vmap(one)(keys)
+    if not drawn:
+        raise ValueError(f"{model.name} draws nothing in training: all passes are equal, and say nothing of certainty")
+    return found
 
 
 def _check(logits: Tensor, members: int = 1) -> None:

@@ -48,8 +48,8 @@ def fold(model: Model, params: Tree, state: Tree) -> tuple[Model, Tree, Tree]:
     Returns:
         The model to run the result with; parameters in which convolutions have a new weight and bias and the folded
         normalisations are missing; and the statistics of those that stay. The logits in evaluation are equal up to
-        rounding. In training there is nothing left where a normalisation was. The scale is computed in double
-        precision. The last two are differentiable functions of ``params`` and ``state``.
+        rounding. In training it takes ``statistics="running"``. The scale is computed in double precision. The last
+        two are differentiable functions of ``params`` and ``state``.
 
     >>> import purecnn
     >>> model = purecnn.create("resnet18")
@@ -62,7 +62,8 @@ def fold(model: Model, params: Tree, state: Tree) -> tuple[Model, Tree, Tree]:
     True
     """
     leaves, statistics = tree.flatten(params), tree.flatten(state)
-    for convolution, norm in _pairs(model, params, state):
+    pairs = _pairs(model, params, state)
+    for convolution, norm in pairs:
         scale, shift = _affine(norm, leaves, statistics)
         path = convolution.params["weight"]
         bias_path = f"{path.removesuffix('weight')}bias"
@@ -73,7 +74,16 @@ def fold(model: Model, params: Tree, state: Tree) -> tuple[Model, Tree, Tree]:
             del leaves[path]
         for path in norm.state.values():
             del statistics[path]
-    return _instead(model, _without_norm), tree.unflatten(leaves), tree.unflatten(statistics)
+    folded = {norm.path for _, norm in pairs}
+
+    def without(layer: Layer, params: Tree, state: Tree, x: Any, mode: Mode) -> Any:
+        if mode.path not in folded or not _has_statistics(layer) or "mean" in state:
+            return None
+        if mode.batch_statistics:
+            raise ValueError("a folded network has running statistics alone: train it before, or with them")
+        return x
+
+    return _instead(model, without), tree.unflatten(leaves), tree.unflatten(statistics)
 
 
 def pack(model: Model, params: Tree, state: Tree, images: Tensor) -> tuple[Model, Tree]:
@@ -122,6 +132,7 @@ class _Run(NamedTuple):
     """One run of a layer with tensors of its own."""
 
     layer: Layer
+    path: str
     params: dict[str, str]
     """Where in the whole tree its parameters are, by name. A layer may borrow those of another."""
     state: dict[str, str]
@@ -170,7 +181,7 @@ def _pairs(model: Model, params: Tree, state: Tree) -> list[tuple[_Run, _Run]]:
             {name: place[id(leaf)] for name, leaf in each.items() if name in layer.names and id(leaf) in place}
             for each, place in zip((params, state), places, strict=True)
         )
-        runs.append(_Run(layer, own, kept, x, y))
+        runs.append(_Run(layer, mode.path, own, kept, x, y))
         return y, after
 
     with uses:
@@ -204,12 +215,7 @@ def _affine(norm: _Run, leaves: dict[str, Tensor], statistics: dict[str, Tensor]
     return top - shift, shift
 
 
-def _without_norm(layer: Layer, params: Tree, state: Tree, x: Any) -> Any:
-    """A normalisation that is missing in the trees does nothing."""
-    return x if _has_statistics(layer) and "mean" not in state else None
-
-
-def _with_packed_weight(layer: Layer, params: Tree, state: Tree, x: Any) -> Any:
+def _with_packed_weight(layer: Layer, params: Tree, state: Tree, x: Any, mode: Mode) -> Any:
     kind = layer.kind
     if not isinstance(kind, Convolution) or not params["weight"].is_mkldnn:
         return None
@@ -221,13 +227,13 @@ def _with_packed_weight(layer: Layer, params: Tree, state: Tree, x: Any) -> Any:
     )
 
 
-def _instead(model: Model, replacement: Callable[[Layer, Tree, Tree, Any], Any]) -> Model:
+def _instead(model: Model, replacement: Callable[[Layer, Tree, Tree, Any, Mode], Any]) -> Model:
     """The model whose layers' outputs are the replacement's, where that is not None."""
     layer = model.layer
 
     def apply(params: Tree, state: Tree, x: Any, mode: Mode) -> tuple[Any, Tree]:
         def around(inner: Layer, params: Tree, state: Tree, x: Any, inside: Mode) -> _After:
-            y = replacement(inner, params, state, x)
+            y = replacement(inner, params, state, x, inside)
             if y is not None:
                 return y, state
             if mode.around is not None:

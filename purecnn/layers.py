@@ -26,6 +26,8 @@ class Leaf(NamedTuple):
 
     shape: tuple[int, ...]
     fill: Initializer | float
+    dtype: torch.dtype = torch.float32
+    """Of what is filled; the type of all draws, whatever torch's default is."""
 
     def draw(self, name: str, mode: Mode) -> Tensor:
         """The tensor, on the key's device; a meta tensor if there is no key."""
@@ -35,9 +37,7 @@ class Leaf(NamedTuple):
         if callable(fill) and mode.key is not None:
             return fill(inner.draw_key(), self.shape)
         value = 0.0 if callable(fill) else fill
-        # Of the type of all draws, whatever torch's default is; what is a whole number counts.
-        dtype = torch.int64 if isinstance(self.fill, int) else torch.float32
-        return torch.full(self.shape, value, dtype=dtype, device="meta" if mode.key is None else mode.key.device)
+        return torch.full(self.shape, value, dtype=self.dtype, device="meta" if mode.key is None else mode.key.device)
 
 
 # By a name, because the compiler cannot subscript types in functions inside of functions.
@@ -180,7 +180,7 @@ def conv(
     groups: int = 1,
     dilation: int = 1,
     bias: bool = False,
-    init: Initializer | None = None,
+    init: Initializer | float | None = None,
     bias_init: Initializer | float | None = None,
 ) -> Layer:
     """Two-dimensional convolution, ``(b, c, h, w) -> (b, features, h', w')``.
@@ -204,7 +204,7 @@ def conv(
         raise ValueError(f"the dilation of a convolution is at least 1, found {dilation}")
     height, width = _pair(kernel)
     pad = _pair((dilation * (height - 1) // 2, dilation * (width - 1) // 2) if padding is None else padding)
-    draw = init or initializers.fan_in_uniform()
+    draw = initializers.fan_in_uniform() if init is None else init
 
     def leaves(x: Tensor) -> Leaves:
         fan_in = x.shape[1] // groups * height * width
@@ -222,7 +222,7 @@ def linear(
     features: int,
     *,
     bias: bool = True,
-    init: Initializer | None = None,
+    init: Initializer | float | None = None,
     bias_init: Initializer | float | None = None,
 ) -> Layer:
     """Affine map along the last axis, ``(b, ..., c) -> (b, ..., features)``.
@@ -233,7 +233,7 @@ def linear(
         init: of the weight ``(features, c)``; by default uniform on ``+-1 / sqrt(c)``.
         bias_init: likewise, of the bias ``(features,)``.
     """
-    draw = init or initializers.fan_in_uniform()
+    draw = initializers.fan_in_uniform() if init is None else init
 
     def leaves(x: Tensor) -> Leaves:
         inputs = x.shape[-1]
@@ -295,7 +295,11 @@ def batch_norm(eps: float = 1e-5, momentum: float = 0.1, *, scale: bool = True, 
 
     def leaves(x: Tensor) -> Leaves:
         shape = (x.shape[1],)
-        return _affine(shape, scale), {"mean": Leaf(shape, 0.0), "var": Leaf(shape, 1.0), "count": Leaf((), 0)}
+        return _affine(shape, scale), {
+            "mean": Leaf(shape, 0.0),
+            "var": Leaf(shape, 1.0),
+            "count": Leaf((), 0, torch.int64),
+        }
 
     def apply(params: Tree, state: Tree, x: Tensor, mode: Mode) -> tuple[Tensor, Tree]:
         bias, mean, var = params["bias"], state["mean"], state["var"]
@@ -320,7 +324,7 @@ def batch_norm(eps: float = 1e-5, momentum: float = 0.1, *, scale: bool = True, 
             y = torch.batch_norm(x, weight, bias, mean, var, False, momentum, eps, True)
             return y if y.dtype == dtype else y.to(dtype), state
         values: int | Tensor = x.numel() // x.shape[1]
-        if values == 1:
+        if values == 1 and not (mode.synchronized and distributed.world_size() > 1):
             raise ValueError(f"a batch's statistics need more than one value per channel, found {tuple(x.shape)}")
         if mode.synchronized:
             y, m, v, values = _normalized_over_processes(x.to(mean.dtype), eps)
@@ -435,7 +439,7 @@ def squeeze_excitation(
     *,
     act: Layer = relu,
     gate: Layer = sigmoid,
-    init: Initializer | None = None,
+    init: Initializer | float | None = None,
     bias_init: Initializer | float | None = None,
 ) -> Layer:
     """Scale each channel by a number that all channels decide on (Hu et al. 2017, arXiv:1709.01507, figure 1).

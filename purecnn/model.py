@@ -62,6 +62,7 @@ class Model:
         norm: Literal["batch", "group"] = "batch",
         name: str = "custom",
         loss: Loss | None = None,
+        probabilities: Callable[[Tensor], Tensor] = softmax,
     ) -> "Model":
         """A model from a layer of one's own; it is not in the table, from which alone `create` and files build models.
 
@@ -72,9 +73,11 @@ class Model:
             norm: see `create`.
             name: what errors call it.
             loss: of outputs and labels; by default cross-entropy.
+            probabilities: how outputs are read as probabilities.
 
         Raises:
-            ValueError: if it gives another number of logits. They may have further axes, as those of pixels do.
+            ValueError: if it gives another number of logits (they may have further axes, as those of pixels do),
+                ``norm`` is neither, or a number of classes, channels or pixels is no positive whole number.
 
         >>> import purecnn
         >>> from purecnn.layers import conv, global_avg_pool, linear, relu
@@ -82,9 +85,9 @@ class Model:
         >>> params, state = Model.of(layer, num_classes=10, image_size=32).init(purecnn.random.key(0))
         """
         paper = Paper(name, "", 0, "")
-        num_classes = _count("num_classes", num_classes)
+        num_classes, in_channels, image_size = _counts(name, num_classes, in_channels, image_size, norm)
         settings = MappingProxyType({"num_classes": num_classes})
-        model = cls(name, layer, settings, paper, in_channels, image_size, norm, loss)
+        model = cls(name, layer, settings, paper, in_channels, image_size, norm, loss, probabilities)
         shape = logits_of(model._init(Mode(train=True, batch_statistics=True, norm=norm))[2]).shape
         if len(shape) < 2 or shape[1] != num_classes:
             sizes = ", ".join(("batch", *map(str, shape[1:])))
@@ -99,12 +102,17 @@ class Model:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For pickle: a model of the table is built again, since functions cannot be written."""
-        if self.layer is not self.built:
+        if not self.is_built:
             raise TypeError(f"{self.name!r} has a layer of its own, which cannot be pickled: build it where it is used")
         again = create(self.name, **self.settings)
         names = {each.name for each in fields(self)} - {"layer", "built", "settings"}
         changed = {name: getattr(self, name) for name in names if getattr(self, name) != getattr(again, name)}
         return _again, (self.name, dict(self.settings), changed)
+
+    @property
+    def is_built(self) -> bool:
+        """Whether it computes what `create` built: not one of `Model.of`, and neither folded nor otherwise changed."""
+        return self.layer is self.built
 
     @property
     def num_classes(self) -> int:
@@ -133,7 +141,7 @@ class Model:
         tensor([0.5000, 0.5000])
         """
         if law == "paper":
-            if self.built is None:
+            if not self.is_built:
                 raise ValueError(f"{self.name!r} has a layer of its own and no paper: law is a function or None")
             law = find(self.name).paper_law
         if law is not None and not callable(law):
@@ -283,7 +291,7 @@ class Model:
 
     def _note(self, error: Exception, params: Tree, state: Tree, x: Tensor) -> None:
         """Note on an error that what went in does not fit, if so."""
-        if torch.compiler.is_compiling() or self.layer is not self.built:
+        if torch.compiler.is_compiling() or not self.is_built:
             return
         try:
             self.check(params, state)
@@ -346,7 +354,7 @@ def replace_head(model: Model, params: Tree, state: Tree, num_classes: int, key:
     >>> params["head"]["conv"]["weight"].shape
     torch.Size([2, 512, 1, 1])
     """
-    if model.layer is not model.built:
+    if not model.is_built:
         raise ValueError(f"{model.name!r} has a layer of its own: build it anew for {num_classes} classes")
     model.check(params, state)
     new = create(model.name, **{**model.settings, "num_classes": num_classes})
@@ -394,8 +402,6 @@ def create(
         ValueError: if ``norm`` is neither, or a number of classes, channels or pixels is no positive whole number.
     """
     variant = find(name)
-    if norm not in ("batch", "group"):
-        raise ValueError(f"norm is 'batch' or 'group', found {norm!r}")
     try:
         bound = inspect.signature(variant.build).bind(**{**variant.settings, **settings})
     except TypeError as error:
@@ -406,18 +412,17 @@ def create(
     image_size = variant.image_size if image_size is None else image_size
     # As tuples, also what comes out of a file.
     own = {setting: _fixed(value) for setting, value in bound.arguments.items()}
-    counts = {"num_classes": own["num_classes"], "in_channels": in_channels, "image_size": image_size}
-    counts = {setting: _count(f"{setting} of {name}", value) for setting, value in counts.items()}
-    own["num_classes"] = counts["num_classes"]
-    chosen = {**own, **counts, "norm": norm}
+    classes, in_channels, image_size = _counts(name, own["num_classes"], in_channels, image_size, norm)
+    own["num_classes"] = classes
+    chosen = {**own, "in_channels": in_channels, "image_size": image_size, "norm": norm}
     layer = variant.build(**own)
     return Model(
         name,
         layer,
         MappingProxyType(chosen),
         variant.paper,
-        counts["in_channels"],
-        counts["image_size"],
+        in_channels,
+        image_size,
         norm,
         variant.loss,
         variant.probabilities,
@@ -426,15 +431,21 @@ def create(
     )
 
 
-def _count(what: str, value: Any) -> int:
-    """A positive whole number, NumPy's as well."""
-    try:
-        count = operator.index(value)
-    except TypeError:
-        count = 0
-    if count < 1 or isinstance(value, bool):
-        raise ValueError(f"{what} is a whole number of at least 1, found {value!r}")
-    return count
+def _counts(name: str, num_classes: Any, in_channels: Any, image_size: Any, norm: str) -> tuple[int, int, int]:
+    """Positive whole numbers, NumPy's as well."""
+    if norm not in ("batch", "group"):
+        raise ValueError(f"norm is 'batch' or 'group', found {norm!r}")
+
+    def checked(what: str, value: Any) -> int:
+        try:
+            count = operator.index(value)
+        except TypeError:
+            count = 0
+        if count < 1 or isinstance(value, bool):
+            raise ValueError(f"{what} of {name} is a whole number of at least 1, found {value!r}")
+        return count
+
+    return checked("num_classes", num_classes), checked("in_channels", in_channels), checked("image_size", image_size)
 
 
 def _fixed(value: Any) -> Any:

@@ -137,7 +137,7 @@ def partitioned(choose: Callable[[str, Tensor], bool], chosen: Optimizer, others
 
     def split(params: Tree, other: Tree) -> tuple[Tree, Tree]:
         """A tree's leaves where the parameters are chosen, and where they are not."""
-        marks = {path: choose(path, leaf) for path, leaf in tree.flatten(params).items()}
+        marks = {path: bool(choose(path, leaf)) for path, leaf in tree.flatten(params).items()}
         leaves = tree.flatten(other)
         if different := sorted(marks.keys() ^ leaves.keys()):
             raise ValueError(f"params and grads have different names: {', '.join(different[:5])}")

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from purecnn import random, tree
+from purecnn import distributed, random, tree
 from purecnn.layer import Mode, logits_of
 from purecnn.model import Model
 from purecnn.optimizers import Optimizer
@@ -126,13 +126,15 @@ def make_private_step(
             logits = logits_of(found.outputs)
             truth = labels.argmax(1) if labels.ndim > 1 and labels.is_floating_point() else labels
             loss_sum, correct = loss_sum + found.losses.sum(), correct + (logits.argmax(1) == truth).sum()
-        if noise:
+        total = distributed.total(total)
+        sums = distributed.total({"loss": loss_sum, "correct": correct, "images": torch.full_like(count, size)})
+        if noise:  # drawn once: all processes draw the same
             total = {path: part + noise * clip * _normal(noise_key, path, part) for path, part in total.items()}
         grads = {path: part / expected_batch for path, part in total.items()}
         updated, opt_state = optimizer.update(grads, opt_state, trained)
         params = tree.unflatten({**tree.flatten(params), **tree.flatten(updated)})
         after = train_state._replace(params=params, opt_state=opt_state, step=count + 1)
-        return after, Metrics(loss_sum / max(size, 1), correct)
+        return after, Metrics(sums["loss"] / sums["images"].clamp_min(1), sums["correct"])
 
     return step
 

@@ -22,7 +22,10 @@ def _collect(tree: Mapping[str, Any], prefix: str, leaves: dict[str, Any]) -> No
         if type(child) is not Tensor and isinstance(child, _TREES):
             _collect(child, f"{prefix}{name}.", leaves)
         else:
-            leaves[prefix + name] = child
+            path = prefix + name
+            if path in leaves:
+                raise ValueError(f"two leaves have the path {path!r}: a name has a dot")
+            leaves[path] = child
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -30,6 +33,9 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
 
     >>> flatten({"stem": {"conv1": {"weight": 1, "bias": 2}}, "head": {"weight": 3}})
     {'stem.conv1.weight': 1, 'stem.conv1.bias': 2, 'head.weight': 3}
+
+    Raises:
+        ValueError: if two leaves have one path, because of names with dots.
     """
     leaves: dict[str, Any] = {}
     _collect(tree, "", leaves)

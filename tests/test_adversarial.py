@@ -196,9 +196,10 @@ def test_the_networks_own_loss() -> None:
 
 def test_settings_that_make_no_sense() -> None:
     x, labels = batch()
-    for wrong in {"norm": "1"}, {"steps": 0}, {"epsilon": -0.1}:
+    by_channel = {"norm": "2", "epsilon": torch.ones(3, 1, 1)}
+    for wrong in {"norm": "1"}, {"steps": 0}, {"epsilon": -0.1}, by_channel:
         common: dict[str, Any] = {"epsilon": 0.1, "step_size": 0.1, "steps": 1, **wrong}
-        with pytest.raises(ValueError, match=next(iter(wrong))):
+        with pytest.raises(ValueError, match=[*wrong][-1]):
             pgd(*NETWORK, x, labels, **common)
 
 

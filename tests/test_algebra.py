@@ -357,6 +357,11 @@ def test_unflatten_undoes_flatten(values: Tree) -> None:
     assert list(tree.flatten(tree.unflatten(flat)).items()) == list(flat.items())
 
 
+def test_no_leaf_takes_the_path_of_another() -> None:
+    with pytest.raises(ValueError, match=r"two leaves have the path 'a\.b'"):
+        tree.flatten({"a.b": 1, "a": {"b": 2}})
+
+
 @given(leaves_by_path)
 def test_flatten_undoes_unflatten(flat: dict[str, int]) -> None:
     clash = any(other.startswith(f"{path}.") for path in flat for other in flat)

@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ import purecnn
 from converters import checkpoint, files, sources, states
 from converters import torchvision as tv
 from converters.rules import ConversionError
-from purecnn import ensembles, random, tree
+from purecnn import Model, ensembles, random, serial, tree
 from purecnn.data import Preprocessing
 from purecnn.fold import fold
+from purecnn.layers import stateless
 from purecnn.optimizers import sgd
 from purecnn.training import Position, TrainState
 
@@ -251,6 +253,12 @@ def test_folded_networks_are_not_saved(tmp_path: Path) -> None:
     model = purecnn.create("resnet18", num_classes=2)
     with pytest.raises(ConversionError, match="save the network before it is folded"):
         checkpoint.save(tmp_path / "x.safetensors", *fold(model, *model.init(random.key(0))))
+    doubled = serial(stateless(lambda x: 2 * x), model.layer)  # the names and shapes of the parameters are the same
+    for other in (replace(model, layer=doubled), Model.of(doubled, num_classes=2, name="resnet18")):
+        with pytest.raises(ConversionError, match="not folded or otherwise changed"):
+            checkpoint.save(tmp_path / "x.safetensors", other, *model.init(random.key(0)))
+        with pytest.raises(ConversionError, match=r"no counterpart of resnet18 with a layer of its own"):
+            tv.to_module(other, *model.init(random.key(0)))
     assert not any(tmp_path.iterdir())
 
 

@@ -17,8 +17,11 @@ from typer.testing import CliRunner
 
 from converters import cli, files
 from purecnn import data, distributed, random, serial, tree
+from purecnn.ensembles import make_ensemble_step
+from purecnn.layer import Mode
 from purecnn.layers import batch_norm, conv, relu
 from purecnn.optimizers import sgd
+from purecnn.privacy import make_private_step
 from purecnn.step import TrainState, make_step
 from purecnn.training import evaluate
 from tests.test_training import FORKED, batch, head, leaves, model_of
@@ -31,6 +34,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "synchronized": (QUIET, {"statistics": "global"}),
     "frozen": (QUIET, {"statistics": "running"}),
     "no norm": (FORKED, {"accumulate": 2, "average": 0.9}),
+    "private": (QUIET, {"clip": 0.5, "noise": 0.2, "expected_batch": 7, "statistics": "running"}),
 }
 PARTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "synchronized parts": (QUIET, {"statistics": "global", "accumulate": 4}),
@@ -42,7 +46,7 @@ def trained(name: str, part: tuple[int, int]) -> TrainState:
     """After 20 steps."""
     model, settings = (CASES | PARTS)[name]
     optimizer = sgd(0.05, momentum=0.9)
-    step = make_step(model, optimizer, **settings)
+    step = (make_private_step if "clip" in settings else make_step)(model, optimizer, **settings)
     now = TrainState.start(*model.init(random.key(0)), optimizer, average="average" in settings)
     for i in range(20):
         # Seven images: one process has one more than the other.
@@ -76,6 +80,12 @@ def work(rank: int, folder: str) -> None:
         torch.testing.assert_close(x, y)
     assert distributed.least(rank + 3) == 3
     check_uneven_parts(rank)
+    with pytest.raises(ValueError, match="an ensemble trains in one process"):
+        make_ensemble_step(QUIET, sgd(0.1))
+    one_each = torch.full((1, 2, 1, 1), float(rank))
+    norm, mode = batch_norm(), Mode(train=True, batch_statistics=True, synchronized=True)
+    y, _ = norm.apply(*norm.init(one_each, Mode(key=random.key(0)))[:2], one_each, mode)
+    torch.testing.assert_close(y, torch.full_like(y, 2 * rank - 1), atol=1e-4, rtol=0)
     for name in CASES | PARTS:
         now = trained(name, (rank, 2))
         if name == "frozen":

@@ -440,3 +440,14 @@ def test_an_ensemble_for_a_step_of_one_and_one_for_an_ensembles() -> None:
         step(many, batch, random.split(random.key(0), 4))
     with pytest.raises(ValueError, match=r"learning_rates has one for each of 3 members, found \(2,\)"):
         step(many, batch, None, torch.ones(2))
+    averaged = vmap(lambda key: TrainState.start(*model.init(key), optimizer, average=True))(
+        random.split(random.key(0), 3)
+    )
+    with pytest.raises(ValueError, match="an ensemble's step keeps no average"):
+        step(averaged, batch)
+
+
+def test_dropout_says_nothing_of_a_network_without_it() -> None:
+    model = purecnn.create("lenet5")
+    with pytest.raises(ValueError, match="lenet5 draws nothing in training"):
+        mc_dropout(model, *model.init(random.key(0)), torch.zeros(2, 1, 32, 32), random.split(random.key(1), 3))

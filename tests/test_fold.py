@@ -136,6 +136,19 @@ def test_group_normalisation_stays(case: Case) -> None:
     assert torch.equal(folded.apply(same, {}, x)[0], model.apply(params, state, x)[0])
 
 
+def test_normalisations_that_stay_are_not_left_out() -> None:
+    model = CASES["densenet"].quiet()
+    params, state = started(model)
+    x = CASES["densenet"].images().double()
+    folded, fewer, some = fold(model, params, state)
+    with pytest.raises(KeyError, match="mean"):
+        folded.apply(fewer, {}, x)
+    with pytest.raises(ValueError, match="running statistics alone"):
+        folded.apply(fewer, some, x, train=True)
+    logits, _ = folded.apply(fewer, some, x, train=True, statistics="running")
+    torch.testing.assert_close(logits, model.apply(params, state, x)[0])
+
+
 def test_model_still_runs_unfolded_trees() -> None:
     model = CASES["resnet"].quiet()
     params, state = started(model)

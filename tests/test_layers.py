@@ -30,6 +30,16 @@ def run(layer: Layer, x: Tensor, mode: Mode = TRAIN) -> tuple[Tensor, dict[str, 
     return output, params, new_state
 
 
+@pytest.mark.parametrize("layer", [lambda **each: conv(3, 1, bias=True, **each), lambda **each: linear(3, **each)])
+@pytest.mark.parametrize("value", [0, 0.0, 1, -0.5])
+def test_parameters_filled_with_a_number(layer: Callable[..., Layer], value: float) -> None:
+    output, params, _ = run(layer(init=value, bias_init=value), torch.ones(2, 3, 3, 3))
+    for leaf in params.values():
+        assert leaf.dtype == torch.float32
+        assert (leaf == value).all()
+    torch.testing.assert_close(output, torch.full_like(output, 4 * value))
+
+
 @given(
     groups=st.integers(1, 3),
     per_group=st.tuples(st.integers(1, 3), st.integers(1, 3)),

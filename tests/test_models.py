@@ -468,6 +468,22 @@ def test_a_model_of_ones_own_is_not_in_the_table() -> None:
         purecnn.Model.of(layer, num_classes=7, image_size=8)
     grouped = purecnn.Model.of(serial(layers.batch_norm(), head=layer), num_classes=5, image_size=8, norm="group")
     assert grouped.spec()[1] == {}
+    with pytest.raises(ValueError, match="has a layer of its own and no paper"):
+        dataclasses.replace(purecnn.create("lenet5"), layer=layer).init(random.key(0), law="paper")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"norm": "grp"}, "norm is 'batch' or 'group', found 'grp'"),
+        ({"in_channels": True}, "in_channels of custom is a whole number of at least 1, found True"),
+        ({"image_size": 0}, "image_size of custom is a whole number of at least 1, found 0"),
+        ({"num_classes": 2.5}, "num_classes of custom is a whole number of at least 1, found 2.5"),
+    ],
+)
+def test_settings_of_ones_own_model_are_checked(setting: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        purecnn.Model.of(layers.conv(5, 3), **{"num_classes": 5, "image_size": 8, **setting})
 
 
 def test_trees_of_another_network_are_refused() -> None:

@@ -1,5 +1,6 @@
 """Laws of the optimizers: equal to torch's, pure, and the same under transformations."""
 
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -504,6 +505,8 @@ def test_parts_have_their_own_rules() -> None:
     assert optimizer.rate(opt_state) == 0.1
     with pytest.raises(ValueError, match=r"different names: head\.weight"):
         optimizer.update({"stem": grads["stem"]}, opt_state, params)
+    loose = partitioned(lambda path, _: re.match("head", path), adamw(0.1), sgd(0.5))
+    assert equal(loose.update(grads, loose.init(params), params)[0], new)  # an answer is anything true or false
 
 
 class Trace(NamedTuple):
