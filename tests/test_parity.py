@@ -17,10 +17,11 @@ FAMILIES = [family for family, case in CASES.items() if case.name in PEERS]
 
 
 def pair(model: Model, module: nn.Module, dtype: torch.dtype = torch.float32) -> tuple[Model, Tree, Tree, nn.Module]:
-    """Both with the same random weights, which share no memory."""
-    module.load_state_dict(drawn_state_dict(module), assign=True)
-    module.to(dtype)
-    return model, *tv.from_state_dict(model, module.state_dict()), module
+    """Both with the same random weights, in the same memory; the largest are of gigabytes. Statistics have their own."""
+    drawn = {key: leaf.to(dtype) if leaf.is_floating_point() else leaf for key, leaf in drawn_state_dict(module).items()}
+    params, state = tv.from_state_dict(model, drawn)
+    module.load_state_dict(tv.to_state_dict(model, params, tree.map(torch.clone, state)), assign=True)
+    return model, params, state, module.requires_grad_()
 
 
 def small_pair(family: str, dtype: torch.dtype = torch.float32) -> tuple[Model, Tree, Tree, nn.Module]:
@@ -88,6 +89,7 @@ def check(model: Model, params: Tree, state: Tree, module: nn.Module, x: Tensor,
         else:
             assert [key for key, gradient in expected.items() if not torch.equal(gradient, found[key])] == []  # type: ignore[arg-type]
         assert [key for key, buffer in module.named_buffers() if not torch.equal(buffer, found[key])] == []
+        del gradients, found
     moved = [key for key, p in module.named_parameters() if p.grad is not None and p.grad.count_nonzero()]
     assert moved == [key for key, _ in module.named_parameters()]
 
