@@ -91,7 +91,9 @@ def train(
     clip: Annotated[
         float | None, typer.Option(callback=_positive, help="Scale gradients of a larger norm down to it.")
     ] = None,
-    label_smoothing: Annotated[float, typer.Option(min=0, max=1, help="0.1 is usual for ImageNet.")] = 0.0,
+    label_smoothing: Annotated[
+        float, typer.Option(min=0, callback=_below_one, help="Less than 1; 0.1 for ImageNet.")
+    ] = 0.0,
     mixup: Annotated[
         float | None, typer.Option(callback=_positive, help="Mix pictures; alpha of the beta distribution.")
     ] = None,

@@ -253,6 +253,8 @@ def _fisher(
         return tree.map(lambda leaf: leaf[None], scores)
 
     batch = (images,) if labels is None else (images, labels)
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, found {chunk_size}")
     size = chunk_size or len(images)
     sums = [
         tree.map(contract, vmap(expected if labels is None else empirical)(*part))

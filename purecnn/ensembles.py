@@ -11,7 +11,7 @@ image: snapshots of one training, and masks of dropout.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -185,7 +185,7 @@ def make_ensemble_step(
     label_smoothing: float = 0.0,
     aux_weight: float = 0.3,
     trainable: Trainable | None = None,
-    frozen_statistics: bool = False,
+    statistics: Literal["batch", "running"] = "batch",
     augment: Augment | None = None,
     chunk_size: int | None = None,
     donate: bool = False,
@@ -203,7 +203,7 @@ def make_ensemble_step(
         loss, label_smoothing, aux_weight, augment: as in `make_step`.
         trainable: which parameters to train, by path; the others have no axis of members, and are shared. With the head
             alone, a shared batch and frozen statistics, the trunk runs once for all members, unless it draws.
-        frozen_statistics: normalise by the running statistics, which are shared and stay as they are.
+        statistics: what batch normalisation uses. With ``"running"`` these are shared and stay as they are.
         chunk_size: how many members are worked on at a time, as in ``torch.vmap``; by default all. Fewer take less
             memory. With 1 they come one after the other, without ``vmap``: the fastest on one thread of a CPU.
         donate: overwrite the train state's buffers, see `make_step`.
@@ -220,6 +220,9 @@ def make_ensemble_step(
         raise ValueError(f"chunk_size must be at least 1, found {chunk_size}")
     if distributed.world_size() > 1:
         raise ValueError("an ensemble trains in one process; a process group is for one network")
+    if statistics not in ("batch", "running"):
+        raise ValueError(f"statistics is 'batch' or 'running', found {statistics!r}")
+    frozen = statistics == "running"
     gradient = make_step(
         model,
         _GRADIENTS,
@@ -227,7 +230,7 @@ def make_ensemble_step(
         label_smoothing=label_smoothing,
         aux_weight=aux_weight,
         trainable=trainable,
-        statistics="running" if frozen_statistics else "batch",
+        statistics=statistics,
         augment=augment,
         compile=False,
     )
@@ -251,9 +254,9 @@ def make_ensemble_step(
         ) -> tuple[Tree, Tree, Metrics]:
             before = TrainState(tree.unflatten({**leaves, **trained}), state, {}, count)
             (found, after, *_), metrics = gradient(before, batch, key)
-            return partition(found, trainable)[0], {} if frozen_statistics else after, metrics
+            return partition(found, trainable)[0], {} if frozen else after, metrics
 
-        dims = (0, None if frozen_statistics else 0, 0, 0 if own_batch else None, None if key is None else 0)
+        dims = (0, None if frozen else 0, 0, 0 if own_batch else None, None if key is None else 0)
         given = (trained, state, count, batch, key)
 
         def gradients(part: range) -> tuple[Tree, Tree, Metrics]:
@@ -280,7 +283,7 @@ def make_ensemble_step(
                 _overwrite(own, new)
                 _overwrite(own_state, new_state)
         after, metrics = results[0] if len(results) == 1 else _joined(results)
-        after = state if frozen_statistics else after
+        after = state if frozen else after
         return TrainState(tree.unflatten({**leaves, **trained}), after, opt_state, count + 1, extra), metrics
 
     return step
@@ -352,7 +355,7 @@ def logits(model: Model, params: Tree, state: Tree, x: Tensor, *, mapped: Traina
     Args:
         model: the network.
         params: the members' parameters, stacked.
-        state: their running statistics, stacked; or shared, if ``mapped`` is given.
+        state: their running statistics, stacked or shared.
         x: images, (batch, channels, height, width), for all members.
         mapped: which parameters are stacked, by path; by default all. The others are shared, see `member_dims`.
 
@@ -360,8 +363,10 @@ def logits(model: Model, params: Tree, state: Tree, x: Tensor, *, mapped: Traina
         ValueError: if leaves that should be stacked have different numbers of members.
     """
     own = params if mapped is None else partition(params, mapped)[0]
-    _count((own, state) if mapped is None else own)
-    dims = (member_dims(params, mapped), 0 if mapped is None and state else None, None)
+    single = tree.flatten(model.spec()[1]) if state else {}
+    stacked = any(leaf.ndim > single[path].ndim for path, leaf in tree.flatten(state).items() if path in single)
+    _count((own, state) if stacked else own)
+    dims = (member_dims(params, mapped), 0 if stacked else None, None)
     found: Tensor = vmap(lambda *arguments: model.apply(*arguments)[0], in_dims=dims)(params, state, x)
     return found
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.func import grad
 
 from purecnn import random
+from purecnn.eager import is_transformed
 from purecnn.model import Model
 from purecnn.tree import Tree
 
@@ -62,7 +63,7 @@ def smooth_gradient(
     key: Tensor,
     noise: float = 0.15,
     samples: int = 50,
-    chunk: int = 32,
+    chunk_size: int = 32,
 ) -> Tensor:
     """SmoothGrad: the mean of the input gradient over noisy copies of the image.
 
@@ -75,7 +76,7 @@ def smooth_gradient(
         key: of the noise; sample ``i`` draws ``random.normal(random.fold_in(key, i), x.shape)``.
         noise: standard deviation of the Gaussian noise, as a share of the range of each image's values.
         samples: number of noisy copies.
-        chunk: so many images at once; what is at once in memory, and nothing else, depends on it.
+        chunk_size: so many images at once; what is at once in memory, and nothing else, depends on it.
 
     Returns:
         As ``x``.
@@ -94,7 +95,7 @@ def smooth_gradient(
     def sample(i: int) -> Tensor:
         return x + deviation * random.normal(random.fold_in(key, i), x.shape, dtype=x.dtype)
 
-    return _mean_gradient(model, params, state, target, sample, [1 / samples] * samples, chunk)
+    return _mean_gradient(model, params, state, target, sample, [1 / samples] * samples, chunk_size)
 
 
 class Integrated(NamedTuple):
@@ -115,7 +116,7 @@ def integrated_gradients(
     *,
     baseline: Tensor | None = None,
     steps: int = 50,
-    chunk: int = 32,
+    chunk_size: int = 32,
 ) -> Integrated:
     """Integrated gradients: the input gradient's mean on the straight line from a baseline, times the way.
 
@@ -130,7 +131,7 @@ def integrated_gradients(
         baseline: the image that says nothing, of a shape that broadcasts to that of ``x``; by default zeros, which
             for normalised images is the mean colour.
         steps: number of points on the line.
-        chunk: so many images at once; what is at once in memory, and nothing else, depends on it.
+        chunk_size: so many images at once; what is at once in memory, and nothing else, depends on it.
 
     Raises:
         ValueError: if ``steps`` is less than 1, or there are not as many targets as images, or no such class.
@@ -153,7 +154,7 @@ def integrated_gradients(
     def point(i: int) -> Tensor:
         return baseline + float(1 + nodes[i]) / 2 * way
 
-    mean = _mean_gradient(model, params, state, target, point, (weights / 2).tolist(), chunk)
+    mean = _mean_gradient(model, params, state, target, point, (weights / 2).tolist(), chunk_size)
     values = way * mean
     ends = [_scores(model.apply(params, state, end)[0], target) for end in (x, baseline)]
     return Integrated(values, values.sum((1, 2, 3)) - (ends[0] - ends[1]))
@@ -228,6 +229,8 @@ def _classes(model: Model, params: Tree, state: Tree, x: Tensor, target: Target)
         return torch.full((len(x),), target, device=x.device)
     if target.shape != x.shape[:1]:
         raise ValueError(f"targets are one for each of {len(x)} images, found shape {tuple(target.shape)}")
+    if not is_transformed(target) and len(target) and not 0 <= target.min() <= target.max() < model.num_classes:
+        raise ValueError(f"targets are classes from 0 to {model.num_classes - 1}, found {target.tolist()}")
     return target
 
 
@@ -243,12 +246,14 @@ def _mean_gradient(
     target: Tensor,
     point: Callable[[int], Tensor],
     weights: list[float],
-    chunk: int,
+    chunk_size: int,
 ) -> Tensor:
-    """``sum_i weights[i] * gradient(point(i))``, with about ``chunk`` images at once."""
+    """``sum_i weights[i] * gradient(point(i))``, with about ``chunk_size`` images at once."""
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, found {chunk_size}")
     total: Tensor | float = 0.0
     batch = len(target)
-    some = max(1, chunk // max(1, batch))
+    some = max(1, chunk_size // max(1, batch))
     for start in range(0, len(weights), some):
         part = range(start, min(start + some, len(weights)))
         images = torch.cat([point(i) for i in part])

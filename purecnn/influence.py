@@ -121,6 +121,7 @@ def influence(
     damping: float = 0.0,
     tolerance: float = 1e-5,
     max_iterations: int = 100,
+    preconditioner: Product | None = None,
 ) -> Influence:
     """Predict how a measure changes when each training example is left out in turn.
 
@@ -133,7 +134,7 @@ def influence(
         train_losses: from parameters to the loss of each of the ``n`` training examples, (n,).
         measure: from parameters to a scalar, such as the loss of a test image.
         params: the objective's minimum.
-        damping, tolerance, max_iterations: see `conjugate_gradient`.
+        damping, tolerance, max_iterations, preconditioner: see `conjugate_gradient`.
 
     >>> x = torch.tensor([1.0, 2.0, 6.0])  # their mean minimises the squared error
     >>> squares = lambda p: (p["mean"] - x) ** 2 / 2
@@ -141,7 +142,12 @@ def influence(
     tensor([ 0.6667,  0.3333, -1.0000])
     """
     solution = conjugate_gradient(
-        product, grad(measure)(params), damping=damping, tolerance=tolerance, max_iterations=max_iterations
+        product,
+        grad(measure)(params),
+        damping=damping,
+        tolerance=tolerance,
+        max_iterations=max_iterations,
+        preconditioner=preconditioner,
     )
     slopes = jvp(train_losses, (params,), (solution.x,))[1]
     return Influence(slopes / len(slopes), solution)

@@ -25,7 +25,7 @@ from purecnn.eager import is_transformed
 from purecnn.layer import logits_of
 from purecnn.layers import Convolution, Linear
 from purecnn.model import Model
-from purecnn.paper import Loss
+from purecnn.paper import Loss, softmax
 from purecnn.record import Recorded, Use, operands, record
 from purecnn.step import Batch, Trainable, loss_function, partition
 from purecnn.tree import Tree
@@ -320,6 +320,8 @@ def _passes(
         raise ValueError("labels are drawn from the model's distribution: pass key=purecnn.random.key(seed)")
     if fisher != "empirical" and loss is not None:
         raise ValueError(f"the {fisher} Fisher information is that of cross-entropy: a loss is for fisher='empirical'")
+    if fisher != "empirical" and model.probabilities is not softmax:
+        raise ValueError(f"{model.name} gives no logits, so it has no {fisher} Fisher information: use 'empirical'")
     criterion = (loss or model.loss or loss_function) if fisher == "empirical" else loss_function
     device = tree.device(params)
     params, state = tree.map(torch.detach, params), tree.map(torch.detach, state)

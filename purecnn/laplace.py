@@ -74,6 +74,8 @@ def laplace(
             [-1.,  1.]])
     """
     ggn = log_likelihood = torch.zeros_like(ravel(params)[0])
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, found {chunk_size}")
     size = chunk_size or len(images)
     for part, targets in zip(torch.split(images, size), torch.split(labels, size), strict=True):
         rows, outputs = jacobian(network, params, part), network(params, part)

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from purecnn import random, tree
-from purecnn.layer import logits_of
+from purecnn.layer import Layer, Mode, logits_of
 from purecnn.layers import Convolution, Linear
 from purecnn.model import Model
 from purecnn.paper import Loss
@@ -84,7 +84,7 @@ def per_sample_gradients(
     >>> per_sample_gradients(model, params, state, batch)["head"]["linear"]["weight"].shape
     torch.Size([4, 10, 84])
     """
-    _check(state, train, statistics)
+    _check(model, state, train, statistics)
     images, labels = batch
     trained, frozen = partition(params, trainable)
     criterion = loss or model.loss or loss_function
@@ -117,11 +117,25 @@ def per_sample_gradients(
     return tree.unflatten(result)
 
 
-def _check(state: Tree, train: bool, statistics: Statistics) -> None:
+def mixes_images(model: Model) -> bool:
+    """Whether it has batch normalisation by the batch's statistics in training. Nothing is computed but shapes."""
+    found = False
+
+    def around(layer: Layer, params: Tree, state: Tree, x: Any, mode: Mode) -> tuple[Any, Tree]:
+        nonlocal found
+        found = found or (mode.batch_statistics and {"mean", "var"} <= {*layer.names})
+        return layer.apply(params, state, x, mode)
+
+    images = torch.empty(2, model.in_channels, model.image_size, model.image_size, device="meta")
+    model.apply(*model.spec(), images, train=True, key=random.key(0).to("meta"), around=around)
+    return found
+
+
+def _check(model: Model, state: Tree, train: bool, statistics: Statistics) -> None:
     """Refuses statistics of the batch, where there are any."""
     if statistics not in (None, "batch", "running"):
         raise ValueError(f"statistics is 'batch', 'running' or None, found {statistics!r}")
-    if state and (train if statistics is None else statistics != "running"):
+    if state and (train if statistics is None else statistics != "running") and mixes_images(model):
         raise ValueError(
             "batch normalisation with the batch's statistics mixes the images, so that none has a gradient of its own: "
             'freeze them with statistics="running", or build the network with purecnn.create(name, norm="group")'
@@ -229,7 +243,7 @@ def clipped_gradient_sum(
     """
     if not isinstance(clip, Tensor) and not clip > 0:
         raise ValueError(f"clip must be positive, found {clip}")
-    _check(state, train, statistics)
+    _check(model, state, train, statistics)
     if not len(batch[0]):  # as a Poisson sample may be
         nothing = tree.map(torch.zeros_like, tree.unflatten(partition(params, trainable)[0]))
         outputs, _ = model.apply(params, state, batch[0], train=train, key=key, statistics=statistics)
@@ -266,7 +280,7 @@ def per_sample_norms(
     >>> per_sample_norms(model, params, state, (torch.zeros(2, 1, 32, 32), torch.tensor([3, 3]))).diff()
     tensor([0.])
     """
-    _check(state, train, statistics)
+    _check(model, state, train, statistics)
     if not len(batch[0]):
         return next(iter(partition(params, trainable)[0].values())).new_zeros(0)
     recorded = record(model, params, state, batch, train, key, statistics, loss, trainable)

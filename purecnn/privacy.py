@@ -28,7 +28,7 @@ from purecnn.layer import Mode, logits_of
 from purecnn.model import Model
 from purecnn.optimizers import Optimizer
 from purecnn.paper import Loss
-from purecnn.per_sample import clipped_gradient_sum
+from purecnn.per_sample import clipped_gradient_sum, mixes_images
 from purecnn.step import Batch, Metrics, Step, Trainable, TrainState, partition
 
 __all__ = ["epsilon", "make_private_step", "noise_for", "poisson_sample"]
@@ -89,7 +89,7 @@ def make_private_step(
         raise ValueError(f"expected_batch must be positive, found {expected_batch}")
     if microbatch is not None and microbatch < 1:
         raise ValueError(f"microbatch must be at least 1, found {microbatch}")
-    if statistics != "running" and model.spec()[1]:
+    if statistics != "running" and mixes_images(model):
         raise ValueError(
             f"{model.name} has batch normalisation, which mixes the images of a batch and keeps their statistics: "
             f'build it with norm="group", or freeze them with statistics="running"'

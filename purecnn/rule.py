@@ -136,7 +136,7 @@ def optimizer(
                 found = formula(param, grad, others, Step(_scaled(rate, factor), time, strength))
                 # A scalar parameter, unlike others, would take the type of the rate.
                 new[path] = tuple(after.to(before.dtype) for after, before in zip(found, old, strict=True))
-            trees = [tree.unflatten({path: row[i] for path, row in new.items()}) for i in range(len(trees))]
+            trees = [tree.fill(each, {path: row[i] for path, row in new.items()}) for i, each in enumerate(trees)]
         return trees[0], {"step": time, **dict(zip(moments, trees[1:], strict=True))}
 
     return Optimizer(init, update, learning_rate)

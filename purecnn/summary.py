@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from purecnn import tree
+from purecnn.layer import Layer, Mode
 from purecnn.model import Model
 from purecnn.tree import Tree
 
@@ -43,21 +44,29 @@ def summarize(model: Model, image_size: int | None = None) -> list[Row]:
     """
     size = image_size or model.image_size
     params, state = model.spec()
-    ends: list[tuple[str, tuple[int, ...], int]] = []
+    ends: list[tuple[str, tuple[int, ...] | None, int]] = []
+    """Of each layer, and of each tensor's user without a name of its own, which then has no shape."""
     with FlopCounterMode(display=False) as counter:
 
         def tap(path: str, x: Any, y: Tensor) -> Tensor:
             ends.append((path, tuple(y.shape[1:]), counter.get_total_flops()))
             return y
 
+        def around(layer: Layer, params: Tree, state: Tree, x: Any, mode: Mode) -> tuple[Any, Tree]:
+            y, after = layer.apply(params, state, x, mode)
+            ends.append((mode.path, None, counter.get_total_flops()))
+            return y, after
+
         x = torch.empty(1, model.in_channels, size, size, device="meta")
-        y, _ = model.apply(params, state, x, tap=tap)
+        y, _ = model.apply(params, state, x, tap=tap, around=around)
         total = counter.get_total_flops()
 
     rows = [Row("", tuple(y.shape[1:]), tree.size(params), total // 2)]
     for i, (path, shape, flops) in enumerate(ends):
+        if shape is None:
+            continue
         # A layer's own layers end just before it does: what ended before them is what it began from.
-        before = next((f for other, _, f in reversed(ends[:i]) if not other.startswith(f"{path}.")), 0)
+        before = next((f for other, _, f in reversed(ends[:i]) if not f"{other}.".startswith(f"{path}.")), 0)
         rows.append(Row(path, shape, tree.size(_inside(params, path)), (flops - before) // 2))
     return rows
 

@@ -88,6 +88,16 @@ def map(function: Callable[..., Any], tree: Mapping[str, Any], *others: Mapping[
     return mapped
 
 
+def fill(tree: Mapping[str, Any], leaves: Mapping[str, Any]) -> Tree:
+    """A tree of the same form with other leaves, given by path.
+
+    >>> fill({"stem": {"weight": 1}, "head": 2}, {"head": 20, "stem.weight": 10})
+    {'stem': {'weight': 10}, 'head': 20}
+    """
+    values = iter([leaves[path] for path in flatten(tree)])
+    return map(lambda leaf: next(values), tree)
+
+
 def size(tree: Mapping[str, Any]) -> int:
     """How many numbers the leaves hold together.
 

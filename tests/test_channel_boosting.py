@@ -22,9 +22,11 @@ from converters.recipes import channel_boosting as recipe
 from purecnn import Layer, Mode, Model, random, serial, tree
 from purecnn.layers import conv, conv_norm, dropout, global_avg_pool, linear, relu, stateless
 from purecnn.optimizers import sgd
+from purecnn.per_sample import mixes_images, per_sample_gradients
 from purecnn.training import TrainState, fit, make_step
 from purecnn.tree import Tree
 from purecnn.zoo.channel_boosting import auxiliary, channel_boost, features, measured
+from tests.table import assert_close
 
 LEARNER = serial(conv1=conv_norm(4, 3), conv2=conv_norm(3, 3, 2))
 OTHER = conv(2, 1, bias=True)
@@ -59,6 +61,19 @@ def boosted(name: str, at: str | None = None, **settings: Any) -> tuple[Model, M
         {**params, **plain_params},
         {**state, **plain_state, "boost": learners},
     )
+
+
+def test_kept_numbers_are_no_statistics_of_the_batch() -> None:
+    _, model, _, _, params, state = boosted("lenet5")
+    x, labels = images(3), torch.tensor([0, 1, 2])
+    found = per_sample_gradients(model, params, state, (x, labels), train=True)
+    for i in range(3):
+
+        def loss(params: Tree, i: int = i) -> Tensor:
+            return F.cross_entropy(model.apply(params, state, x[i : i + 1], train=True)[0], labels[i : i + 1])
+
+        assert_close(tree.map(lambda leaf, i=i: leaf[i], found), grad(loss)(params), rtol=1e-4, atol=1e-6)
+    assert not mixes_images(model)
 
 
 def perturbed(params: Tree, size: float = 0.1) -> Tree:

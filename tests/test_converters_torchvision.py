@@ -364,7 +364,7 @@ def test_group_normalisation_takes_the_parameters_alone() -> None:
 
 
 def _call(function: Callable[..., Any]) -> Callable[[Model], Any]:
-    return lambda model: function(model, *model.init(random.key(0)))
+    return lambda model: function(model, *model.spec())
 
 
 @pytest.mark.parametrize(

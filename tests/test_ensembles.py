@@ -210,7 +210,7 @@ def test_heads_equal_networks_of_their_own() -> None:
     params, state = heads_on_a_trunk()
     optimizer = sgd(0.1, momentum=0.9)
     together = start(params, state, optimizer, trainable=in_head)
-    step = make_ensemble_step(TINY, optimizer, trainable=in_head, frozen_statistics=True)
+    step = make_ensemble_step(TINY, optimizer, trainable=in_head, statistics="running")
     solo = make_step(TINY, optimizer, trainable=in_head, statistics="running")
     heads = unstack(params["head"])
     alone = [TrainState.start({**params, "head": head}, state, optimizer, trainable=in_head) for head in heads]
@@ -223,6 +223,26 @@ def test_heads_equal_networks_of_their_own() -> None:
     for i, one in enumerate(alone):
         assert_close(unstack(together.params["head"])[i], one.params["head"])
         assert_close(found[i], TINY.apply(one.params, state, batch(9)[0])[0])
+
+
+@pytest.mark.parametrize("mapped", [None, in_head], ids=["all", "heads"])
+@pytest.mark.parametrize("stacked", [False, True], ids=["shared statistics", "own statistics"])
+def test_logits_of_members_that_share_statistics_or_not(mapped: Any, stacked: bool) -> None:
+    params, state = vmap(TINY.init)(KEYS)
+    if mapped is not None:
+        params = {**TINY.init(random.key(5))[0], "head": params["head"]}
+    state = tree.map(lambda leaf: leaf + torch.arange(MEMBERS).reshape(-1, *[1] * (leaf.ndim - 1)), state)
+    if not stacked:
+        state = unstack(state)[1]
+    found = logits(TINY, params, state, batch(9)[0], mapped=mapped)
+    for i, one in enumerate(found):
+        own = {**params, "head": unstack(params["head"])[i]} if mapped else unstack(params)[i]
+        assert_close(one, TINY.apply(own, unstack(state)[i] if stacked else state, batch(9)[0])[0])
+
+
+def test_statistics_of_members_are_the_batchs_or_frozen() -> None:
+    with pytest.raises(ValueError, match="statistics is 'batch' or 'running', found 'global'"):
+        make_ensemble_step(TINY, sgd(0.1), statistics="global")  # type: ignore[arg-type]
 
 
 def test_the_trunk_runs_once() -> None:

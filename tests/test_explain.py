@@ -149,7 +149,7 @@ def test_integrated_gradients_of_an_affine_network_are_exact(seed: int, steps: i
 def test_integrated_gradients_are_complete(seed: int) -> None:
     inputs = network(POOLED, seed)
     x, baseline = images(2, seed), images(1, seed + 1)
-    values, gap = integrated_gradients(*inputs, x, 1, baseline=baseline, steps=100, chunk=200)
+    values, gap = integrated_gradients(*inputs, x, 1, baseline=baseline, steps=100, chunk_size=200)
     difference = POOLED.apply(*inputs[1:], x)[0][:, 1] - POOLED.apply(*inputs[1:], baseline)[0][:, 1]
     torch.testing.assert_close(values.sum((1, 2, 3)) - difference, gap, rtol=0, atol=1e-6)
     assert gap.abs().max() < 1e-3
@@ -159,8 +159,8 @@ def test_chunks_change_nothing() -> None:
     inputs = network(POOLED)
     x = images()
     for method, others in (smooth_gradient, {"key": random.key(1)}), (integrated_gradients, {}):
-        whole = method(*inputs, x, 1, chunk=1000, **others)
-        parts = method(*inputs, x, 1, chunk=7, **others)
+        whole = method(*inputs, x, 1, chunk_size=1000, **others)
+        parts = method(*inputs, x, 1, chunk_size=7, **others)
         torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-6)
 
 
@@ -208,6 +208,8 @@ def test_settings_that_make_no_sense() -> None:
         smooth_gradient(*inputs, images(), key=random.key(0), samples=0)
     with pytest.raises(ValueError, match="noise"):
         smooth_gradient(*inputs, images(), key=random.key(0), noise=-1.0)
+    with pytest.raises(ValueError, match="chunk_size must be at least 1, found 0"):
+        integrated_gradients(*inputs, images(), chunk_size=0)
 
 
 # captum ----------------------------------------------------------------------------------------------------------
@@ -326,5 +328,7 @@ def test_a_target_may_be_numpys() -> None:
 @pytest.mark.parametrize("target", [-1, 10])
 def test_there_is_no_such_class(target: int) -> None:
     model = purecnn.create("lenet5")
+    with pytest.raises(ValueError, match=rf"targets are classes from 0 to 9, found \[0, {target}\]"):
+        input_gradient(model, *model.init(random.key(0)), torch.zeros(2, 1, 32, 32), torch.tensor([0, target]))
     with pytest.raises(ValueError, match=f"target is a class from 0 to 9, found {target}"):
         input_gradient(model, *model.init(random.key(0)), torch.zeros(1, 1, 32, 32), target=target)

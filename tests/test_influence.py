@@ -157,6 +157,17 @@ def test_influence_is_what_explicit_matrices_give() -> None:
     expected = gradients @ torch.linalg.solve(dense, ravel(grad(head.measure)(head.best))) / 60
     found = influence(head.product, head.losses, head.measure, head.best, tolerance=1e-10)
     torch.testing.assert_close(found.changes, expected, rtol=1e-6, atol=1e-10)
+    inverse = torch.linalg.inv(dense)
+    known = influence(
+        head.product,
+        head.losses,
+        head.measure,
+        head.best,
+        tolerance=1e-10,
+        preconditioner=lambda v: unravel(inverse @ ravel(v), head.best),
+    )
+    torch.testing.assert_close(known.changes, expected, rtol=1e-6, atol=1e-10)
+    assert known.solution.iterations <= 2 < found.solution.iterations
 
 
 @pytest.mark.slow

@@ -384,6 +384,11 @@ def test_it_makes_conjugate_gradients_converge_sooner() -> None:
 HEAD = kfac(MODEL, PARAMS, STATE, BATCHES, fisher="empirical")["head"]
 
 
+def _of_capsules(fisher: Fisher) -> Tree:
+    model = CASES["capsnet"].model()
+    return kfac(model, *model.spec(), BATCHES, fisher=fisher)
+
+
 def call(method: Method = kfac, batches: Any = BATCHES, **settings: Any) -> Tree:
     return method(MODEL, PARAMS, STATE, batches, **settings)
 
@@ -395,6 +400,7 @@ def call(method: Method = kfac, batches: Any = BATCHES, **settings: Any) -> Tree
         (lambda: call(fisher="exact"), "'sampled', 'expected' or 'empirical', found 'exact'"),
         (lambda: call(fisher="expected", loss=F.cross_entropy), "a loss is for fisher='empirical'"),
         (lambda: call(batches=[], fisher="empirical"), "no images"),
+        (lambda: list(_of_capsules("expected")), "capsnet gives no logits, so it has no expected Fisher information"),
         (lambda: call(ekfac, iter(BATCHES), fisher="empirical"), "this is an iterator"),
         (lambda: solve({"w": torch.ones(1)}, {"w": torch.ones(1)}, 0.0), "damping must be positive, found 0.0"),
         (lambda: product({"w": torch.ones(1)}, {"v": torch.ones(1)}), "of other parameters"),

@@ -494,6 +494,16 @@ def test_clipping_is_torchs_and_leaves_the_gradients_alone(max_norm: float) -> N
     assert equal(grads, draw(1))
 
 
+@pytest.mark.parametrize("optimizer", [sgd(0.1, momentum=0.9), adamw(0.1)], ids=["sgd", "adamw"])
+def test_trees_keep_their_form_with_and_without_transformations(optimizer: Optimizer) -> None:
+    params, grads = (tree.flatten(draw(i)) for i in range(2))
+    eager = optimizer.update(grads, optimizer.init(params), params)
+    mapped = vmap(optimizer.update)(*(tree.map(lambda x: x[None], t) for t in (grads, optimizer.init(params), params)))
+    for found, expected in zip(mapped, eager, strict=True):
+        assert str(tree.map(lambda leaf: leaf[0].shape, found)) == str(tree.map(lambda leaf: leaf.shape, expected))
+    assert list(eager[0]) == list(params)
+
+
 def test_parts_have_their_own_rules() -> None:
     params, grads = draw(0), draw(1)
     optimizer = partitioned(lambda path, _: path.startswith("head."), adamw(0.1), sgd(0.5))

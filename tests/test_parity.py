@@ -17,8 +17,10 @@ FAMILIES = [family for family, case in CASES.items() if case.name in PEERS]
 
 
 def pair(model: Model, module: nn.Module, dtype: torch.dtype = torch.float32) -> tuple[Model, Tree, Tree, nn.Module]:
-    """Both with the same random weights, in the same memory; the largest are of gigabytes. Statistics have their own."""
-    drawn = {key: leaf.to(dtype) if leaf.is_floating_point() else leaf for key, leaf in drawn_state_dict(module).items()}
+    """Both with the same random weights, in the same memory: the largest are gigabytes. Statistics have their own."""
+    drawn = {
+        key: leaf.to(dtype) if leaf.is_floating_point() else leaf for key, leaf in drawn_state_dict(module).items()
+    }
     params, state = tv.from_state_dict(model, drawn)
     module.load_state_dict(tv.to_state_dict(model, params, tree.map(torch.clone, state)), assign=True)
     return model, params, state, module.requires_grad_()
