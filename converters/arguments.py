@@ -10,6 +10,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import purecnn
 from converters import sources
+from converters.screen import notes
 from purecnn import data
 from purecnn.data import DataError
 from purecnn.model import UnknownModelError
@@ -105,6 +106,9 @@ def load_source(source: str, name: str | None, entry: str | None = None, *, as_s
         found = sources.load(source, name, entry)
     except sources.NamelessError as error:
         raise typer.BadParameter(f"{error} by --model NAME", param_hint="--model") from None
+    if found.assumed:
+        words = "is not named like a file of torchvision's; classes and preparation are taken for those of ImageNet"
+        notes.print(f"note: {source} {words}", soft_wrap=True)
     return found if as_stored else found.single()
 
 

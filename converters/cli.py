@@ -227,7 +227,7 @@ def evaluate(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Evaluate a network on the held-out half of a data set."""
+    """Evaluate a network on the held-out split of a data set."""
     where = pick_device(device)
     dataset = load_data(data_name, root, skip_bad)
     found = load_source(source, model)

@@ -78,7 +78,7 @@ def program(model: Model, params: Tree, state: Tree, *, image_size: int | None =
 
 
 def example(model: Model, params: Tree, image_size: int | None = None) -> Tensor:
-    """Two black images as a network takes them: of its size, and of its parameters' type and device."""
+    """Two images of zeros as a network takes them: of its size, and of its parameters' type and device."""
     weight = next(leaf for leaf in _leaves((params,)).values() if leaf.is_floating_point())
     size = image_size or model.image_size
     return weight.new_zeros(2, model.in_channels, size, size)

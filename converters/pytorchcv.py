@@ -4,7 +4,7 @@
     module = to_module(model, params, state)
     params, state = pretrained(model)          # the weights that pytorchcv publishes
 
-`converters.library` has the functions' descriptions. pytorchcv itself is needed but for building its modules, which
+`converters.library` has the functions' descriptions. pytorchcv itself is needed only to build its modules, which
 `to_state_dict` and `to_module` do, and for `pretrained`: ``pip install pytorchcv``.
 """
 

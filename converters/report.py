@@ -53,7 +53,7 @@ class Mistake(NamedTuple):
     confidence: float
     """The probability of the predicted class, 0 to 1."""
     number: int
-    """Which one of the held-out half it is."""
+    """Which one of the held-out split it is."""
 
 
 def write(
@@ -71,10 +71,10 @@ def write(
     Args:
         folder: the run's.
         model, params, state: the best network.
-        dataset: what it was trained on; its held-out half is gone through once more for the mistakes.
+        dataset: what it was trained on; its held-out split is gone through once more for the mistakes.
         prepare: from its pictures to the network's input.
         rows: of the epochs, as in ``metrics.csv``.
-        evaluation: of the best network on the held-out half.
+        evaluation: of the best network on the held-out split.
     """
     config = json.loads((folder / "config.json").read_text())
     title = f"{model.name} on {Path(dataset.name).name}"
@@ -120,7 +120,7 @@ def best_row(rows: Sequence[_Row]) -> _Row:
 def mistakes(
     model: Model, params: Tree, state: Tree, dataset: DataSet, prepare: Preprocessing, count: int = 24
 ) -> list[Mistake]:
-    """The pictures of the held-out half that are taken for another class's, the most confident ones first."""
+    """The pictures of the held-out split that are taken for another class's, the most confident ones first."""
     device = tree.device(params)
     confidences, predictions, labels = [], [], []
     with torch.no_grad():
@@ -236,7 +236,7 @@ def _classes(names: Sequence[str], evaluation: Evaluation) -> str:
 
 def _gallery(wrong: Sequence[Mistake]) -> str:
     if not wrong:
-        return "<p>None: every picture of the held-out half is recognised.</p>"
+        return "<p>None: every picture of the held-out split is recognised.</p>"
     figures = (
         f"<figure>{_thumbnail(each.image, f'held-out picture {each.number}')}<figcaption><b>{_escape(each.predicted)}"
         f"</b> {each.confidence:.1%}<br>is {_escape(each.true)}<br><span class=quiet>picture {each.number}</span>"

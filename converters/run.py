@@ -7,7 +7,7 @@ curves.png               the same as a picture
 confusion.png            which classes the best network takes for which
 report.html              all of it on one page
 config.json              the options, the versions, and the command that runs it again
-example.png              the first picture of the held-out half, to try a prediction on
+example.png              the first picture of the held-out split, to try a prediction on
 """
 
 import csv

@@ -30,6 +30,9 @@ class Source:
     classes: tuple[str, ...] | None
     origin: Mapping[str, Any] | None
     """Of published weights, where they are from and how accurate they are."""
+    assumed: bool = False
+    """Whether classes and preparation are a guess: ImageNet's, since nothing says what else a file of 1,000 classes has
+    been trained on."""
 
     def single(self) -> "Source":
         """The same in single precision, as pictures are prepared; integers stay."""
@@ -117,6 +120,5 @@ def _from_state_dict(name: str, state_dict: Mapping[str, Tensor], file: str) -> 
         return Source(model, *tv.from_state_dict(model, state_dict), None, None, None)
     model = _published(name, entry)
     trees = tv.from_state_dict(model, state_dict)
-    return Source(
-        model, *trees, tv.preprocessing(entry), tv.classes(entry), tv.origin(published) if published else None
-    )
+    origin = None if published is None else tv.origin(published)
+    return Source(model, *trees, tv.preprocessing(entry), tv.classes(entry), origin, assumed=published is None)

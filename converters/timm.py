@@ -3,7 +3,7 @@
     params, state = from_state_dict(model, module.state_dict())
     params, state = pretrained(model)          # the weights that timm publishes, through timm's own loading
 
-`converters.library` has the functions' descriptions. timm itself is needed but for building its modules and for
+`converters.library` has the functions' descriptions. timm itself is needed only to build its modules and for
 `pretrained`: ``pip install timm``.
 """
 

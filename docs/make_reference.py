@@ -12,10 +12,18 @@ from typing import Any
 
 PAGE = Path(__file__).with_name("reference.md")
 ROOMS = {
-    "Networks": ("purecnn", "purecnn.layers", "purecnn.initializers", "purecnn.random", "purecnn.tree"),
+    "Networks": (
+        "purecnn",
+        "purecnn.layer",
+        "purecnn.layers",
+        "purecnn.initializers",
+        "purecnn.random",
+        "purecnn.tree",
+    ),
     "Training": (
         "purecnn.training",
         "purecnn.optimizers",
+        "purecnn.rule",
         "purecnn.schedules",
         "purecnn.augment",
         "purecnn.data",

@@ -89,13 +89,21 @@ def cutout(size: int) -> Augment:
 def normalize(mean: Sequence[float], std: Sequence[float]) -> Augment:
     """From bytes to ``(byte / 255 - mean) / std``, float32; it draws nothing.
 
+    Args:
+        mean, std: of each channel, as a data set's or weights' ``preprocessing`` has them.
+
     Raises:
+        ValueError: if there are not as many deviations as means; when it is called, if the images have other channels.
         TypeError: when it is called, if the images are no bytes.
     """
+    if len(mean) != len(std):
+        raise ValueError(f"there is a deviation for each mean, found {len(mean)} means and {len(std)} deviations")
 
     def augment(images: Tensor, key: Tensor) -> Tensor:
         if images.dtype != torch.uint8:
             raise TypeError(f"normalize takes bytes, uint8, found {images.dtype}")
+        if images.shape[1] != len(mean):
+            raise ValueError(f"normalize has {len(mean)} means, and the images have {images.shape[1]} channels")
         m, s = (
             # Made where the images are: a tensor of a list would be brought there from the host at every call.
             torch.stack([torch.full((1, 1), value, dtype=torch.float32, device=images.device) for value in each])

@@ -11,8 +11,9 @@ Example::
 
     digits = data.load("digits")
     prepare = digits.preprocessing.adapt(size=32)                    # what the network wants to see
+    order_key, init_key = random.split(random.key(0))                # one key for each purpose
     for epoch in range(2):
-        key = random.fold_in(random.key(0), epoch)
+        key = random.fold_in(order_key, epoch)
         for images, labels in data.batches(digits.train, prepare.training(digits.augmentation), 64, key=key):
             ...                                                      # (64, 1, 32, 32) float32, (64,) int64
     for images, labels in data.batches(digits.test, prepare.evaluation(), 256):
@@ -69,7 +70,7 @@ class DataSet:
     Attributes:
         name: a name of :func:`names`, or the folder.
         classes: class names; an example's label is an index into them.
-        train, test: the two halves, each with ``len(half)`` and ``half[i] -> (PIL image, label)``.
+        train, test: the two splits, each with ``len(split)`` and ``split[i] -> (PIL image, label)``.
         preprocessing: for the pictures' own size and channels; ``preprocessing.adapt(...)`` for others.
         augmentation: for training.
         skipped: the files that were left out because they are no pictures.
@@ -131,7 +132,7 @@ _OBJECTS = Augmentation(padding=1 / 8, flip=True)
 PHOTOGRAPHS = Augmentation(area=(0.08, 1.0), flip=True)
 """How pictures vary of which nothing is known."""
 
-# Means and deviations are those of the training half.
+# Means and deviations are those of the training split.
 _SETTINGS = {
     "digits": (_square(8, [0.3053], [0.3760]), _HANDWRITING),
     "mnist": (_square(28, [0.1307], [0.3081]), _HANDWRITING),
@@ -223,7 +224,9 @@ def _digits() -> DataSet:
     bundle = load_digits()
     images = np.rint(bundle.images * (255 / 16)).astype(np.uint8)  # 17 grey levels, 0 to 16
     train, test = train_test_split(np.arange(len(images)), test_size=360, random_state=0, stratify=bundle.target)
-    return _in_memory("digits", _TEN_DIGITS, *(_InMemory(images[half], bundle.target[half]) for half in (train, test)))
+    return _in_memory(
+        "digits", _TEN_DIGITS, *(_InMemory(images[split], bundle.target[split]) for split in (train, test))
+    )
 
 
 def _in_memory(name: str, classes: tuple[str, ...], train: _InMemory, test: _InMemory) -> DataSet:
@@ -246,15 +249,15 @@ def _download(name: str, root: Path) -> DataSet:
             f"With the files at hand, put {', '.join(files)} into {folder}"
         ) from error
     classes = _TEN_DIGITS if name == "mnist" else tuple(train.classes)  # torchvision's are "0 - zero" and so on
-    return _in_memory(name, classes, *(_InMemory(half.data, half.targets) for half in (train, test)))
+    return _in_memory(name, classes, *(_InMemory(split.data, split.targets) for split in (train, test)))
 
 
 HELD_OUT = ("val", "valid", "validation", "test")
-"""What the half that is not trained on may be called; the first of them that there is."""
+"""What the split that is not trained on may be called; the first of them that there is."""
 
 
 def _folder(folder: Path, skip_bad: bool) -> DataSet:
-    test = next((folder / half for half in HELD_OUT if (folder / half).is_dir()), None)
+    test = next((folder / split for split in HELD_OUT if (folder / split).is_dir()), None)
     train = folder / "train"
     if test is None or not train.is_dir():
         found = ", ".join(sorted(f"{path.name}/" for path in folder.iterdir() if path.is_dir())) or "no folder"
@@ -265,27 +268,27 @@ def _folder(folder: Path, skip_bad: bool) -> DataSet:
     classes, test_classes = _class_folders(train), _class_folders(test)
     if classes != test_classes:
         only = [
-            f"only in {half}: {', '.join(sorted(set(ours) - set(theirs)))}"
-            for half, ours, theirs in ((train, classes, test_classes), (test, test_classes, classes))
+            f"only in {split}: {', '.join(sorted(set(ours) - set(theirs)))}"
+            for split, ours, theirs in ((train, classes, test_classes), (test, test_classes, classes))
             if set(ours) - set(theirs)
         ]
         raise DataError(f"the classes of {train} and {test} differ; {'; '.join(only)}")
 
     examples = {
-        half: [(file, label) for label, title in enumerate(classes) for file in _visible_files(half / title)]
-        for half in (train, test)
+        split: [(file, label) for label, title in enumerate(classes) for file in _visible_files(split / title)]
+        for split in (train, test)
     }
-    files = [file for half in examples.values() for file, _ in half]
+    files = [file for split in examples.values() for file, _ in split]
     bad = _bad_files(files, read_image if skip_bad else check_header)
     if bad and not skip_bad:
         shown = "".join(f"\n  {file}" for file in bad[:10]) + ("\n  ..." if len(bad) > 10 else "")
         raise DataError(f"{len(bad)} of {len(files)} files in {folder} are no pictures ({LEFT_OUT}):{shown}")
     dropped = set(bad)
-    for half, pairs in examples.items():
-        examples[half] = [(file, label) for file, label in pairs if file not in dropped]
-        empty = sorted(set(range(len(classes))) - {label for _, label in examples[half]})
+    for split, pairs in examples.items():
+        examples[split] = [(file, label) for file, label in pairs if file not in dropped]
+        empty = sorted(set(range(len(classes))) - {label for _, label in examples[split]})
         if empty:
-            raise DataError(f"no pictures in {', '.join(str(half / classes[label]) for label in empty)}")
+            raise DataError(f"no pictures in {', '.join(str(split / classes[label]) for label in empty)}")
     return DataSet(
         str(folder),
         classes,
@@ -298,15 +301,15 @@ def _folder(folder: Path, skip_bad: bool) -> DataSet:
     )
 
 
-def _class_folders(half: Path) -> tuple[str, ...]:
-    classes = sorted(path.name for path in half.iterdir() if path.is_dir() and not path.name.startswith("."))
+def _class_folders(split: Path) -> tuple[str, ...]:
+    classes = sorted(path.name for path in split.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not classes:
-        raise DataError(f"{half} holds no folders: it needs one for each class, with the pictures of that class")
+        raise DataError(f"{split} holds no folders: it needs one for each class, with the pictures of that class")
     if len(classes) == 1:
-        raise DataError(f"{half} holds one class, {classes[0]}, and there is nothing to tell it from")
+        raise DataError(f"{split} holds one class, {classes[0]}, and there is nothing to tell it from")
     for name in classes:
         if any("\ud800" <= letter <= "\udfff" for letter in name):  # how Python holds bytes that are no text
-            raise DataError(f"the name of the folder {name!r} in {half} is not UTF-8: rename it")
+            raise DataError(f"the name of the folder {name!r} in {split} is not UTF-8: rename it")
     return tuple(classes)
 
 

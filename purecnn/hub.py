@@ -31,38 +31,38 @@ def load(name: str, *, root: str | os.PathLike[str] | None = None, skip_bad: boo
 
     Raises:
         ModuleNotFoundError: without the package ``datasets``.
-        DataError: if it cannot be loaded, or has no training and held-out half, no pictures or no classes.
+        DataError: if it cannot be loaded, or has no training and held-out split, no pictures or no classes.
     """
     try:
         import datasets
     except ImportError:
         raise ModuleNotFoundError("data sets of the Hugging Face Hub need a package: pip install datasets") from None
     try:
-        halves = datasets.load_dataset(name, cache_dir=None if root is None else str(Path(root).expanduser()))
+        splits = datasets.load_dataset(name, cache_dir=None if root is None else str(Path(root).expanduser()))
     except Exception as error:  # no network, no such name, a configuration to choose, a damaged file
         reason = " ".join(str(error).split())
         raise DataError(f"datasets cannot load {name!r}: {reason}") from error
-    held_out = next((half for half in HELD_OUT if half in halves), None)
-    if held_out is None or "train" not in halves:
-        found = ", ".join(halves)
+    held_out = next((split for split in HELD_OUT if split in splits), None)
+    if held_out is None or "train" not in splits:
+        found = ", ".join(splits)
         raise DataError(f"{name} must have a split train and one of {', '.join(HELD_OUT)}; it has {found}")
-    features = halves["train"].features
+    features = splits["train"].features
     picture = _column(name, features, datasets.Image, "pictures (Image)")
     label = _column(name, features, datasets.ClassLabel, "classes (ClassLabel)")
     # The files' bytes, since the package's own decoding knows neither EXIF nor our errors.
     train, test = (
-        _Rows(halves[half].cast_column(picture, datasets.Image(decode=False)), f"{name}, {half}", picture, label)
-        for half in ("train", held_out)
+        _Rows(splits[split].cast_column(picture, datasets.Image(decode=False)), f"{name}, {split}", picture, label)
+        for split in ("train", held_out)
     )
-    for half in (train, test):
-        if min(half.rows[label]) < 0:  # the Hub's mark of a secret
-            raise DataError(f"{half.where}: there are rows without a class")
+    for split in (train, test):
+        if min(split.rows[label]) < 0:  # the Hub's mark of a secret
+            raise DataError(f"{split.where}: there are rows without a class")
     skipped: list[str] = []
     if skip_bad:
         (train, bad), (test, bad_too) = train.without_bad(), test.without_bad()
         skipped = [*bad, *bad_too]
     classes = tuple(features[label].names)
-    word = digest(str(value) for half in (train, test) for value in half.rows[label])
+    word = digest(str(value) for split in (train, test) for value in split.rows[label])
     return DataSet(f"hf:{name}", classes, train, test, Preprocessing(), PHOTOGRAPHS, tuple(skipped), word)
 
 
@@ -75,7 +75,7 @@ def _column(name: str, features: Mapping[str, Any], kind: type, what: str) -> st
 
 
 class _Rows:
-    """One half, by position."""
+    """One split, by position."""
 
     def __init__(self, rows: Any, where: str, picture: str, label: str) -> None:
         self.rows, self.where, self.picture, self.label = rows, where, picture, label

@@ -58,7 +58,7 @@ class Mode(NamedTuple):
     """How a network is run; the same for all its layers, but for the path."""
 
     train: bool = False
-    """Draw random numbers, and let auxiliary heads speak."""
+    """Draw random numbers, and run auxiliary heads."""
     batch_statistics: bool = False
     """Normalise by the batch's statistics and update the running ones."""
     key: Tensor | None = None

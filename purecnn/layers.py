@@ -190,7 +190,7 @@ def conv(
         kernel: height and width of the kernel, pixels.
         stride: step of the kernel, pixels.
         padding: zeros on each side, pixels; by default ``dilation * (kernel - 1) // 2``, which at stride 1 keeps the
-            size of an image, but for an even kernel with an odd dilation, which makes it a pixel smaller.
+            size of an image, except for an even kernel with an odd dilation: then it is one pixel smaller.
         groups: channels are convolved in this many separate groups.
         dilation: step from one of the kernel's weights to the next, pixels.
         bias: add a number to each output channel.

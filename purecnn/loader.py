@@ -24,7 +24,7 @@ Transform = Callable[[Any], Tensor]
 
 
 class Examples(Protocol):
-    """Half of a data set: pictures with the index of their class, by position."""
+    """One split of a data set: pictures with the index of their class, by position."""
 
     def __len__(self) -> int: ...
 
@@ -55,7 +55,7 @@ def batches(
     Without a key the order is that of ``examples``, for transforms that draw nothing.
 
     Args:
-        examples: one half of a :class:`DataSet`, or anything alike.
+        examples: one split of a :class:`DataSet`, or anything alike.
         transform: from a PIL image to a tensor (channels, height, width), the same shape for every picture.
         batch_size: the last batch may be smaller, unless ``drop_last`` leaves it out.
         workers: processes that prepare batches in advance; 0 prepares them in this one, when asked for.
@@ -213,23 +213,26 @@ def resident(
     *,
     preprocessing: Preprocessing,
     device: torch.device | str = "cpu",
+    as_bytes: bool = True,
 ) -> "Resident":
     """All pictures in memory, on a device: for small data sets, whose reading would take longer than the training.
 
-    They are scaled and cropped as ``preprocessing`` says, and kept as bytes. Its mean and deviation are left to
-    `purecnn.augment`, which works on whole batches, inside of the training step.
+    They are scaled and cropped as ``preprocessing`` says. To train on, they are kept as bytes: `purecnn.augment` works
+    on whole batches, inside of the training step, and its `purecnn.augment.normalize` takes the mean and deviation. To
+    evaluate on, they are kept as the network reads them: ``as_bytes=False``.
 
     Args:
-        examples: one half of a :class:`DataSet`.
+        examples: one split of a :class:`DataSet`.
         batch_size: the last batch may be smaller.
         preprocessing: of the pictures.
         device: where to keep them.
+        as_bytes: as uint8, or normalised, as float32.
 
     Raises:
         DataError: when there would be no batch at all, or a picture cannot be read, naming its file.
     """
     order = _Order(len(examples), batch_size, None, False, (0, 1))
-    keep = preprocessing.bytes()
+    keep = preprocessing.bytes() if as_bytes else preprocessing.evaluation()
     images, labels = zip(*(examples[i] for i in range(len(examples))), strict=True)
     stored = torch.stack([keep(image) for image in images]).to(device)
     return Resident(stored, torch.tensor(labels).to(device), order)
@@ -237,7 +240,7 @@ def resident(
 
 @dataclass(frozen=True, eq=False)
 class Resident:
-    """What :func:`resident` returns: batches of images (batch, channels, height, width), uint8, and labels."""
+    """What :func:`resident` returns: batches of images (batch, channels, height, width) and labels (batch,)."""
 
     images: Tensor
     labels: Tensor

@@ -3,7 +3,8 @@
 A draw is ``draw(key, ...) -> Tensor``: the same key gives the same numbers, on a CPU and on a GPU, in eager
 mode and compiled, alone and under ``torch.func.vmap``. There is no global state and no ``torch.Generator``:
 a generator knows no ``vmap`` and breaks ``torch.compile(fullgraph=True)``. Whoever needs two different draws
-makes two keys with :func:`split` or :func:`fold_in`.
+makes two keys with :func:`split` or :func:`fold_in`: with one of the two for each key, since, as in JAX,
+``split(key, n)[i]`` is ``fold_in(key, i)``.
 
 A key is an int64 tensor of shape ``(2,)`` which holds two uint32 words, each as a value in ``[0, 2**32)``.
 It is not a uint32 tensor, because torch implements few operations for that type, while int64 works with

@@ -24,12 +24,7 @@ __all__ = [
     "Rule",
     "Step",
     "blockwise",
-    "check_positive",
-    "check_share",
-    "descend",
-    "number",
     "optimizer",
-    "square_root",
 ]
 
 _BLOCK = 1 << 17

@@ -23,6 +23,7 @@ from torch.func import vmap
 import purecnn
 from converters import checkpoint, files, sources, states
 from converters import torchvision as tv
+from converters.arguments import load_source
 from converters.rules import ConversionError
 from purecnn import Model, ensembles, random, serial, tree
 from purecnn.data import Preprocessing
@@ -397,6 +398,8 @@ def test_sources(tmp_path: Path) -> None:
     assert same(ours.params, theirs.params)
     assert (ours.classes, theirs.classes) == (tuple("abcdefg"), None)
     assert theirs.model.num_classes == 7  # counted in the file
+    assert not ours.assumed
+    assert not theirs.assumed
     with pytest.raises(ConversionError, match="checkpoint of squeezenet1_1, not of lenet5"):
         sources.load(tmp_path / "ours.safetensors", "lenet5")
     with pytest.raises(ConversionError, match="which model its weights are of: name it"):
@@ -405,11 +408,14 @@ def test_sources(tmp_path: Path) -> None:
         sources.load("DEFAULT")
 
 
-def test_weights_with_a_thousand_classes_are_imagenets(tmp_path: Path) -> None:
+def test_weights_with_a_thousand_classes_are_imagenets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = purecnn.create("squeezenet1_1")
     files.write(tmp_path / "x.safetensors", tv.to_state_dict(model, *model.init(random.key(0))))
     found = sources.load(tmp_path / "x.safetensors", "squeezenet1_1")
     assert found.classes is not None
+    assert found.assumed
+    load_source(str(tmp_path / "x.safetensors"), "squeezenet1_1")
+    assert "is not named like a file of torchvision's" in capsys.readouterr().err
     assert found.classes[:2] == ("tench", "goldfish")
     assert found.preprocessing == Preprocessing()
 

@@ -430,6 +430,7 @@ def test_published_weights_keep_what_is_published_of_them(cache: Path, tmp_path:
     file = cache / file_of(entry)
     torch.save(drawn_state_dict(peer("shufflenet_v2_x0_5")), file)
     found = sources.load(entry.name if by_name else file, "shufflenet_v2_x0_5")
+    assert not found.assumed
     path = tmp_path / "ours.safetensors"
     checkpoint.save(
         path,

@@ -451,6 +451,26 @@ def test_workers_of_a_pools_threads_end_well(digits: data.DataSet, monkeypatch: 
     assert set(codes) == {0}
 
 
+def test_resident_pictures_are_those_of_batches(digits: data.DataSet) -> None:
+    prepare = digits.preprocessing.adapt(size=12)
+    expected = list(data.batches(digits.test, prepare.evaluation(), 50))
+    ready = data.resident(digits.test, 50, preprocessing=prepare, as_bytes=False)
+    stored = data.resident(digits.test, 50, preprocessing=prepare)
+    scale = augment.normalize(prepare.mean, prepare.std)
+    for (x, labels), (y, same), (z, _) in zip(expected, ready, stored, strict=True):
+        assert torch.equal(x, y)
+        assert torch.equal(labels, same)
+        assert z.dtype == torch.uint8
+        torch.testing.assert_close(scale(z, random.key(0)), x)
+
+
+def test_means_are_those_of_the_channels() -> None:
+    with pytest.raises(ValueError, match="2 means and 1 deviations"):
+        augment.normalize([0.1, 0.2], [0.3])
+    with pytest.raises(ValueError, match="normalize has 3 means, and the images have 1 channels"):
+        augment.normalize([0.1] * 3, [0.3] * 3)(torch.zeros(1, 1, 4, 4, dtype=torch.uint8), random.key(0))
+
+
 def test_batches_that_cannot_be() -> None:
     examples = [(Image.new("L", (8, 8)), 0)] * 3
     for wrong in ({"batch_size": 0}, {"batch_size": 4, "workers": -1}, {"batch_size": 4, "drop_last": True}):

@@ -38,7 +38,7 @@ BINS = 10
 
 
 def everything(examples: data.Examples, transform: data.Transform, device: torch.device, dtype: torch.dtype) -> Batch:
-    """All images and labels of one half of a data set."""
+    """All images and labels of one split of a data set."""
     images, labels = next(iter(data.batches(examples, transform, len(examples))))
     return images.to(device, dtype), labels.to(device)
 

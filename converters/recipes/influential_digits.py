@@ -170,7 +170,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def everything(examples: data.Examples, transform: data.Transform) -> tuple[Tensor, Tensor]:
-    """All images and labels of one half of a data set."""
+    """All images and labels of one split of a data set."""
     return next(iter(data.batches(examples, transform, len(examples))))
 
 

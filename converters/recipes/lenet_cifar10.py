@@ -19,7 +19,7 @@ def run(
     workers: Workers = 0,
     device: Device = "auto",
 ) -> None:
-    """LeNet on CIFAR-10: Adam, 0.001, batches of 8, 50 epochs, crops and flips. Published: 68 % of the test half.
+    """LeNet on CIFAR-10: Adam, 0.001, batches of 8, 50 epochs, crops and flips. Published: 68 % of the test split.
 
     Mastering PyTorch, 2nd edition, chapter 2. Pictures are normalised by the data's own mean and deviation,
     where the book takes 0.5 for all.
