@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict
+from enum import StrEnum
 from itertools import chain, count
 from pathlib import Path
 from typing import Annotated, Any
@@ -326,6 +327,13 @@ def _unique(stems: Iterable[str]) -> list[str]:
     return names
 
 
+class FormatName(StrEnum):
+    """Whose names a file of weights has."""
+
+    purecnn = "purecnn"
+    torchvision = "torchvision"
+
+
 @app.command()
 def convert(
     source: Annotated[str, typer.Argument(help="A checkpoint, a file in torchvision's names, DEFAULT, or timm:NAME.")],
@@ -334,19 +342,19 @@ def convert(
     entry: Annotated[
         str | None, typer.Option(help="Of a file that holds several state_dicts, such as model_ema: which.")
     ] = None,
-    to: Annotated[run.FormatName, typer.Option(help="Whose names the file has.")] = run.FormatName.purecnn,
+    to: Annotated[FormatName, typer.Option(help="Whose names the file has.")] = FormatName.purecnn,
 ) -> None:
     """Convert torchvision's weights to a checkpoint, or a checkpoint to torchvision's state_dict."""
     if target.exists():
         raise typer.BadParameter(f"{target} exists: nothing is overwritten", param_hint="TARGET")
-    if to is run.FormatName.purecnn and target.suffix != ".safetensors":
+    if to is FormatName.purecnn and target.suffix != ".safetensors":
         raise typer.BadParameter(
             f"a checkpoint ends in .safetensors; if {target} is to be a state_dict, say --to torchvision",
             param_hint="TARGET",
         )
     writable(target.parent)
     found = load_source(source, model, entry, as_stored=True)
-    if to is run.FormatName.purecnn:
+    if to is FormatName.purecnn:
         checkpoint.save(
             target,
             found.model,

@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from enum import StrEnum
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,13 +35,6 @@ from purecnn import Model, data, distributed, pictures, random, training, tree
 from purecnn.data import DataSet, Preprocessing
 from purecnn.files import alone, clear, replacing
 from purecnn.tree import Tree
-
-
-class FormatName(StrEnum):
-    """Whose names a file of weights has."""
-
-    purecnn = "purecnn"
-    torchvision = "torchvision"
 
 
 class RunError(ValueError):

@@ -72,11 +72,10 @@ def mobilenet_v3(
         blocks = []
         for kernel, expansion, channels, excite, nonlinearity, stride in rows:
             expanded, out = divisible(expansion * width), divisible(channels * width)
-            squeeze = layers.squeeze_excitation(
-                expanded, divisible(expanded // 4), gate=hardsigmoid, init=he, bias_init=0.0
-            )
-            act = {"RE": relu, "HS": hardswish}[nonlinearity]
-            gate = squeeze if excite else None
+            act, gate = {"RE": relu, "HS": hardswish}[nonlinearity], None
+            if excite:
+                reduced = divisible(expanded // 4)
+                gate = layers.squeeze_excitation(expanded, reduced, gate=hardsigmoid, init=he, bias_init=0.0)
             blocks.append(inverted_residual(inputs, out, kernel, stride, expanded, norm=norm, act=act, gate=gate))
             inputs = out
         parts[f"stage{i}"] = numbered(*blocks)
