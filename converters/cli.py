@@ -470,6 +470,8 @@ def main() -> None:
         words = [str(error), *getattr(error, "__notes__", [])]
         notes.print(Text.assemble(("error:", "red"), " ", "; ".join(words)), soft_wrap=True)
         sys.exit(1)
+    finally:
+        gc.unfreeze()  # else Triton 3.9, which PyTorch 2.15 brings, complains at the end that nobody tidied up
 
 
 if __name__ == "__main__":

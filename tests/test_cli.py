@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,6 +61,17 @@ def test_list() -> None:
     assert rows[0]["weights"]["IMAGENET1K_V2"] == {"acc@1": 72.154, "acc@5": 90.822}
     assert rows[0]["elsewhere"] == {"timm": "mobilenetv2_100.ra_in1k"}
     assert re.search(r"xception .*arXiv:1610\.02357\s+timm\s*\n", call("list", "xception").output)
+
+
+def test_a_command_has_nothing_to_complain_about() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "from converters.cli import main; main()", "inspect", "lenet5"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "61,706" in done.stdout
+    assert done.stderr == ""
 
 
 def test_inspect() -> None:

@@ -1,4 +1,4 @@
-"""The architectures: one paper, one file. `VARIANTS` is the table of all, in the order of their history."""
+"""The architectures, one file per paper. `VARIANTS` is the table of all networks, in historical order."""
 
 from purecnn.paper import Variant
 from purecnn.zoo import (

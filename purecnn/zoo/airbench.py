@@ -2,19 +2,20 @@
 
     Jordan. 94% on CIFAR-10 in 3.29 Seconds on a Single GPU. 2024, arXiv:2404.00498.
 
-Three ideas let a small plain network train in a few epochs. Its first convolution whitens: the weight is not learned
-but computed from the covariance of the training images' patches (see `whitening`), both signs of each eigenvector;
-only its bias learns. Convolutions begin as the identity as far as they can, so that the network starts like a
-residual one. Batch normalisation has no scale, and the logits are scaled down by a constant.
+Three ideas let a small plain network train in a few epochs. First, the stem's convolution whitens its input: its
+weight is not learned but computed from the covariance of the training images' patches (see `whitening`), with both
+signs of each eigenvector; only its bias is learned. Second, the other convolutions start as close to the identity as
+their shape allows, so that the network starts like a residual one. Third, batch normalisation has no scale, and the
+logits are scaled down by a constant.
 
-`init` draws the first weight like any other, because it sees no images; put the whitening there before training:
+`init` draws the first weight like any other, because it sees no images. Insert the whitening weight before training:
 
     weight = whitening(patches(images))
     stem = {**params["stem"], "whiten": {**params["stem"]["whiten"], "weight": weight}}
     params = {**params, "stem": stem}
 
-Its gradient is zero; but weight decay would shrink it, so leave it out of that. The recipe of the paper (flips that
-alternate, a lookahead, a bias that learns faster) is no part of the network.
+Its gradient is zero, but weight decay would shrink it, so exclude it from weight decay. The paper's training recipe
+(alternating flips, Lookahead, a higher learning rate for biases) is not part of the network.
 """
 
 from collections.abc import Sequence
@@ -40,16 +41,17 @@ PAPER = Paper(
 
 
 def patches(images: Tensor, kernel: int = 2) -> Tensor:
-    """All windows of the images, ``(b, c, h, w) -> (n, c, kernel, kernel)``."""
+    """All patches of the images, ``(b, c, h, w) -> (n, c, kernel, kernel)``."""
     windows = images.unfold(2, kernel, 1).unfold(3, kernel, 1)
     return rearrange(windows, "b c h w i j -> (b h w) c i j")
 
 
 def whitening(patches: Tensor, eps: float = 5e-4) -> Tensor:
-    """Section 3.2: from ``(n, c, h, w)`` patches the convolution's weight, ``(2 c h w, c, h, w)``.
+    """Section 3.2: the convolution's weight, ``(2 c h w, c, h, w)``, from patches ``(n, c, h, w)``.
 
-    The eigenvectors of the patches' covariance, each divided by the root of its eigenvalue plus ``eps``, from the
-    largest to the smallest; then their negatives. What the first half gives is uncorrelated and of variance 1.
+    The filters are the eigenvectors of the patches' covariance (the mean is not subtracted), each divided by
+    ``sqrt(eigenvalue + eps)``, from the largest eigenvalue to the smallest; then their negatives. Except for ``eps``,
+    the outputs of the first half are uncorrelated and have variance 1.
 
     >>> x = torch.randn(1000, 3, 2, 2, generator=torch.Generator().manual_seed(0)).cumsum(dim=1)
     >>> y = F.conv2d(x, whitening(x, eps=0.0))[:, :12].flatten(1)
@@ -64,7 +66,7 @@ def whitening(patches: Tensor, eps: float = 5e-4) -> Tensor:
 
 
 def whitening_conv(kernel: int) -> Layer:
-    """Twice as many filters as a patch has values; the weight does not learn, so its gradient is zero."""
+    """Has twice as many filters as a patch has values. Its weight is not learned: the gradient is zero."""
 
     def leaves(x: Tensor) -> Leaves:
         shape = (2 * x.shape[1] * kernel**2, x.shape[1], kernel, kernel)
@@ -77,7 +79,7 @@ def whitening_conv(kernel: int) -> Layer:
 
 
 def identity_start(key: Tensor, shape: tuple[int, ...], /, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Section 3.3: the first filters pass on a channel each; the others are drawn as usual."""
+    """Section 3.3: each of the first filters passes one input channel through; the others are drawn as usual."""
     features, channels, height, width = shape
     drawn = fan_in_uniform()(key, shape, dtype)
     eye = torch.eye(min(features, channels), channels, dtype=dtype, device=key.device)
@@ -91,7 +93,7 @@ def norm() -> Layer:
 
 
 def group(width: int) -> Layer:
-    """Two 3x3 convolutions; the image shrinks between the first one and its normalisation."""
+    """Two 3x3 convolutions; a pool halves the image between the first one and its normalisation."""
     return serial(
         conv1=conv(width, 3, init=identity_start), pool=max_pool(2, 2), norm1=norm(), act1=gelu,
         conv2=conv(width, 3, init=identity_start), norm2=norm(), act2=gelu,
@@ -105,8 +107,8 @@ def airbench(
 
     Args:
         widths: channels of each group.
-        kernel: side of the whitening convolution's kernel, pixels.
-        scale: factor on the logits.
+        kernel: kernel size of the whitening convolution, pixels.
+        scale: factor by which the logits are multiplied.
         num_classes: outputs of the head.
     """
     return serial(

@@ -3,8 +3,8 @@
     Krizhevsky. One weird trick for parallelizing convolutional neural networks. 2014, arXiv:1404.5997.
 
 The network of Krizhevsky, Sutskever and Hinton (NIPS 2012) without its two towers and local response
-normalisation. Deviation from the paper, torchvision's: an adaptive average pool before the first
-fully-connected layer lets it take images of any size from 63 pixels up. 61,100,840 parameters.
+normalisation. Deviation from the paper, as in torchvision: an adaptive average pool before the first
+fully-connected layer, so that images of any size from 63 pixels up are accepted. 61,100,840 parameters.
 """
 
 from purecnn import layers
@@ -42,7 +42,7 @@ def alexnet(*, num_classes: int = 1000, dropout: float = 0.5) -> Layer:
 
 
 def paper_law(path: str, shape: tuple[int, ...]) -> Initializer | float | None:
-    """Section 5 of the NIPS paper: weights from N(0, 0.01**2); biases 1 where rectifiers should start out active."""
+    """Section 5 of the NIPS paper: weights from N(0, 0.01**2); biases are 1 where ReLUs should start active, else 0."""
     if len(shape) > 1:
         return normal(0.01)
     return 1.0 if path.startswith(("stage1.", "stage2.conv2.", "stage2.conv3.", "stage3.")) else 0.0

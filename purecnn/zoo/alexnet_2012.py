@@ -1,15 +1,15 @@
-"""AlexNet in its two towers: the network that won ImageNet in 2012.
+"""AlexNet with its two towers: the network that won ImageNet in 2012.
 
     Krizhevsky, Sutskever, Hinton. ImageNet Classification with Deep Convolutional Neural Networks. NIPS 2012,
     doi:10.1145/3065386.
 
-What it added: rectifiers, dropout, and the scale of two GPUs. Each GPU holds one tower, half the channels of every
-convolution; the towers meet in the third convolution and in the fully-connected layers. So the second, fourth and
-fifth convolution have two groups. 60,965,224 parameters.
+What it added: ReLU, dropout, and a size that needed two GPUs. Each GPU holds one tower, with half the channels of
+every convolution; the towers are connected in the third convolution and in the fully-connected layers. So the second,
+fourth and fifth convolutions have two groups. 60,965,224 parameters.
 
-Deviation from the paper: images of 224 pixels are padded by two, because the paper's numbers do not fit without (it
-says 224, but draws 55 steps of the first convolution). Normalisation runs over the border of the towers, as the
-paper's formula has it. `purecnn.zoo.alexnet` is the later network on one GPU.
+Deviation from the paper: images of 224 pixels are padded by two, because the paper's numbers are inconsistent without
+it (224 pixels, but 55 outputs per side of the first convolution). Local response normalisation crosses the border
+between the towers, as in the paper's formula. `purecnn.zoo.alexnet` is the later network for one GPU.
 """
 
 from collections.abc import Sequence
@@ -37,10 +37,10 @@ gauss = normal(0.01)
 
 
 def local_response_norm(alpha: float = 1e-4, k: float = 2.0) -> Layer:
-    """Section 3.3: ``x[i] / (k + alpha * s) ** 0.75``, where s is the sum of the squares of five channels around i.
+    """Section 3.3: ``x[i] / (k + alpha * s) ** 0.75``, where s is the sum of the squares of the five channels around i.
 
-    The alpha of torch's `local_response_norm` multiplies the mean of the squares, the paper's their sum. Else both are
-    equal to the last bit; but torch's lacks half precision on a CPU.
+    In torch's `local_response_norm`, alpha multiplies the mean of the squares; in the paper, their sum. Apart from that
+    both are equal bit for bit, but torch's does not support half precision on a CPU.
     """
 
     def normalise(x: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ def local_response_norm(alpha: float = 1e-4, k: float = 2.0) -> Layer:
 
 
 def hidden(width: int, dropout: float, bias: float) -> Layer:
-    """Two fully-connected layers; ``bias`` is where their biases start."""
+    """Two fully-connected layers; ``bias`` is the initial value of their biases."""
     return serial(
         flatten,
         linear1=linear(width, init=gauss, bias_init=bias), relu1=relu, dropout1=layers.dropout(dropout),
@@ -69,7 +69,7 @@ def alexnet_2012(
     """Figure 2 of the paper; the last layer is the head. Initial values are those of section 5.
 
     Args:
-        widths: channels of each convolution, both towers together.
+        widths: channels of each convolution, in both towers together.
         hidden_width: units of each hidden fully-connected layer.
         num_classes: outputs of the head.
         dropout: rate after each hidden fully-connected layer.

@@ -1,14 +1,14 @@
-"""BAM: between the stages of a network, a map of what to look at, and where.
+"""BAM: attention over channels and positions, between the stages of a network.
 
     Park, Woo, Lee, Kweon. BAM: Bottleneck Attention Module. BMVC 2018, arXiv:1807.06514.
 
-CBAM's elder sibling: one module for each stage but the last, where the image is about to shrink, instead of two gates
-in every block. A perceptron decides on channels, dilated convolutions that see far decide on pixels, and both together
-make one factor between 1 and 2 for each number. Any network of stages can take it: see `bam`.
+The predecessor of CBAM: one module at the end of every stage except the last, just before the image shrinks, instead of
+two gates in every block. An MLP weights the channels, dilated convolutions with a large receptive field weight the
+pixels, and together they give each value a factor between 1 and 2. Any network with stages can use it: see `bam`.
 
-Deviations: where the paper adds the two maps and has a normalisation at the end of both, the authors' code, and this,
-multiplies them and normalises before each rectifier. So a vector is normalised, of one value per channel, and a batch
-of one image cannot be trained with its own statistics. Weights are drawn by He's rule, like the network around them.
+Deviations: the paper adds the two maps and normalises at the end of each; the authors' code, and this one, multiplies
+them and normalises before each ReLU. So the channel map normalises vectors, with one value per channel, and a batch of
+one image cannot be trained with its own statistics. The convolutions use He initialisation, like the surrounding ones.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ PAPER = Paper(
 
 
 def channel_map(width: int, reduction: int) -> Layer:
-    """Section 3.1: from the mean of each channel to a number for it, ``(b, c, h, w) -> (b, c, 1, 1)``."""
+    """Section 3.1: one number for each channel, from the means of all channels, ``(b, c, h, w) -> (b, c, 1, 1)``."""
     return serial(
         global_avg_pool,
         squeeze=linear(width // reduction), norm=batch_norm(groups=1), relu=relu,
@@ -40,7 +40,7 @@ def channel_map(width: int, reduction: int) -> Layer:
 
 
 def spatial_map(width: int, reduction: int, dilation: int) -> Layer:
-    """Section 3.1: fewer channels, two dilated 3x3, one number for each pixel, ``(b, c, h, w) -> (b, 1, h, w)``."""
+    """Section 3.1: 1x1, two dilated 3x3, then 1x1 to one number for each pixel, ``(b, c, h, w) -> (b, 1, h, w)``."""
     inner = width // reduction
     return serial(
         reduce=conv(inner, 1, bias=True, init=he), norm=batch_norm(), relu=relu,
@@ -51,24 +51,24 @@ def spatial_map(width: int, reduction: int, dilation: int) -> Layer:
 
 
 def bam(width: int, reduction: int = 16, dilation: int = 4) -> Layer:
-    """Figure 2: the image times ``1 + sigmoid(channel map * spatial map)``.
+    """Figure 2: the input times ``1 + sigmoid(channel map * spatial map)``.
 
     Args:
-        width: channels of the image.
-        reduction: channels of the image to those within the two maps, r in the paper.
-        dilation: of the 3x3 convolutions, d in the paper.
+        width: channels of the input.
+        reduction: ratio of the input's channels to those inside the two maps, r in the paper.
+        dilation: dilation of the 3x3 convolutions, d in the paper.
     """
     maps = multiply(channel=channel_map(width, reduction), spatial=spatial_map(width, reduction, dilation))
     return multiply(identity, serial(maps, gate=sigmoid, more=stateless(lambda x: 1 + x)))
 
 
 def bam_resnet(depths: Sequence[int], *, reduction: int = 16, dilation: int = 4, num_classes: int = 1000) -> Layer:
-    """ResNet with bottlenecks, and BAM after every stage but the last.
+    """ResNet with bottlenecks, and BAM after every stage except the last.
 
     Args:
         depths: blocks in each stage.
-        reduction: channels of a stage to those within its module's maps.
-        dilation: of the modules' 3x3 convolutions.
+        reduction: ratio of a stage's channels to those inside its module's maps.
+        dilation: dilation of the modules' 3x3 convolutions.
         num_classes: outputs of the head.
     """
 

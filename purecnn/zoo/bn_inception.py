@@ -1,14 +1,14 @@
-"""BN-Inception, also called Inception v2: the network that batch normalisation was shown on.
+"""BN-Inception, also called Inception v2: the network that introduced batch normalisation.
 
     Ioffe, Szegedy. Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift.
     ICML 2015, arXiv:1502.03167.
 
-What it added: batch normalisation, which makes bold learning rates safe. The network is GoogLeNet with two 3x3
-convolutions for each 5x5, one more module at 28x28 pixels, and modules that halve the image in place of most pools.
-11,295,240 parameters. (The network of arXiv:1512.00567 is also called Inception v2, and is another one.)
+What it added: batch normalisation, which allows high learning rates. The network is GoogLeNet with two 3x3 convolutions
+instead of each 5x5, one more module at 28x28 pixels, and modules that halve the image instead of most pools. 11,295,240
+parameters. (Another network, that of arXiv:1512.00567, is also called Inception v2.)
 
-Deviations from the paper, pytorchcv's, which follow the published Caffe weights: the convolutions keep their biases,
-though the normalisation cancels them. He's rule draws the weights. No auxiliary heads. A stage ends where the image
+Deviations from the paper, as in pytorchcv, which follows the published Caffe weights: the convolutions keep their
+biases, though the normalisation cancels them; He initialisation; no auxiliary heads. A stage ends where the image
 shrinks: 3a-3c, 4a-4e, 5a-5b.
 """
 
@@ -27,24 +27,24 @@ PAPER = Paper(
 
 
 def conv_norm(width: int, kernel: int, stride: int = 1) -> Layer:
-    """Convolution with biases, batch normalisation, rectifier."""
+    """Convolution with biases, batch normalisation, ReLU."""
     return serial(
         conv=conv(width, kernel, stride, bias=True, init=he, bias_init=0.0), norm=batch_norm(), act=relu
     )  # fmt: skip
 
 
 def branch3(reduce: int, width: int, stride: int = 1) -> Layer:
-    """1x1, 3x3."""
+    """1x1, then 3x3."""
     return serial(reduce=conv_norm(reduce, 1), expand=conv_norm(width, 3, stride))
 
 
 def branch5(reduce: int, width: int, stride: int = 1) -> Layer:
-    """1x1, then two 3x3 that see as much as one 5x5."""
+    """1x1, then two 3x3, which have the receptive field of one 5x5."""
     return serial(reduce=conv_norm(reduce, 1), conv=conv_norm(width, 3), expand=conv_norm(width, 3, stride))
 
 
 def inception(c1: int, r3: int, c3: int, r5: int, c5: int, cp: int, pool: Layer | None = None) -> Layer:
-    """Four branches side by side; a row of the paper's figure 5. The pool is an average, if not told otherwise."""
+    """Four parallel branches; a row of the paper's figure 5. By default the pool is an average pool."""
     return concat(
         branch1=conv_norm(c1, 1),
         branch3=branch3(r3, c3),
@@ -54,7 +54,7 @@ def inception(c1: int, r3: int, c3: int, r5: int, c5: int, cp: int, pool: Layer 
 
 
 def reduction(r3: int, c3: int, r5: int, c5: int) -> Layer:
-    """Halves the image: no 1x1 branch, and the pool passes through."""
+    """Halves the image: no 1x1 branch, and no convolution after the pool."""
     return concat(branch3=branch3(r3, c3, 2), branch5=branch5(r5, c5, 2), pool=max_pool(3, 2, ceil_mode=True))
 
 

@@ -1,16 +1,16 @@
-"""CapsNet: a class is a vector, whose length says whether it is there and whose direction says how.
+"""CapsNet: each class is a vector; its length says whether the class is present, its direction how it looks.
 
     Sabour, Frosst, Hinton. Dynamic Routing Between Capsules. NIPS 2017, arXiv:1710.09829.
 
-What it tried instead of pooling: each small group of numbers, a capsule, predicts what the capsules above it should
-say, and is heard the more the better it agrees with the others. The outputs are the lengths of the classes' capsules,
-between 0 and 1, each the probability that its class is there, and `margin_loss` is theirs. In training a decoder
-draws the image again from each class's capsule alone; it is the auxiliary head, and speaks as
-`purecnn.zoo.lenet5_1998` does: minus the squared distance between its drawing and the image, so the largest value is
-the class that draws best. Pixels are between 0 and 1.
+What it tried instead of pooling: each capsule, a small vector, predicts the output of the capsules in the next layer,
+and the better it agrees with the others, the more weight it gets. The network's outputs are the lengths of the classes'
+capsules, between 0 and 1: each is the probability that its class is present. Their loss is `margin_loss`. In training,
+a decoder reconstructs the image from each class's capsule alone. The decoder is the auxiliary head; as in
+`purecnn.zoo.lenet5_1998`, its output is minus the squared distance, here between reconstruction and image, so the class
+with the largest value reconstructs best. Pixels are between 0 and 1.
 
-6,804,224 parameters, and 1,411,344 of the decoder. Initial values are those of the authors' code. Deviation: 1e-12
-stands under the roots, so that vectors of zeros have a derivative.
+6,804,224 parameters, plus 1,411,344 in the decoder. Initial values are those of the authors' code. Deviation: 1e-12 is
+added under square roots, so that zero vectors have a derivative.
 """
 
 from typing import Any, NamedTuple
@@ -36,7 +36,7 @@ PAPER = Paper(
 
 
 class Drawn(NamedTuple):
-    """What the decoder is given."""
+    """The decoder's input."""
 
     capsules: Tensor
     """(batch, classes, size)."""
@@ -50,26 +50,26 @@ def _drawn(std: float) -> dict[str, Any]:
 
 
 def length(capsules: Tensor) -> Tensor:
-    """Of the vectors along the last axis."""
+    """The lengths of the vectors along the last axis."""
     exact = capsules if capsules.dtype.itemsize > 2 else capsules.float()
     return (exact.square().sum(-1) + 1e-12).sqrt().to(capsules.dtype)
 
 
 def squash(capsules: Tensor) -> Tensor:
-    """Equation 1: the same directions, with lengths ``n^2 / (1 + n^2)``."""
+    """Equation 1: a vector of length n keeps its direction and gets the length ``n^2 / (1 + n^2)``."""
     n = length(capsules)[..., None]
     return capsules * (n / (1 + n.square()))
 
 
 def route(votes: Tensor, rounds: int) -> Tensor:
-    """Procedure 1: what the capsules above say, after some rounds in which the votes that agree gain weight.
+    """Procedure 1: the outputs of the capsules above; in each round, votes that agree with the others gain weight.
 
     Args:
-        votes: of each capsule below for each one above, (batch, below, above, numbers).
-        rounds: how often weights are made, from 1 on: of one, all are equal.
+        votes: each lower capsule's prediction for each capsule above, (batch, below, above, size).
+        rounds: how often the weights are computed, at least 1; the first time, all are equal.
 
     Returns:
-        (batch, above, numbers).
+        The capsules above, (batch, above, size).
 
     Raises:
         ValueError: if ``rounds`` is below 1.
@@ -85,13 +85,13 @@ def route(votes: Tensor, rounds: int) -> Tensor:
 
 
 def primary_capsules(maps: int, size: int) -> Layer:
-    """A convolution whose channels are ``maps`` of capsules: images to capsules (batch, maps * pixels, size)."""
+    """A convolution whose channels are ``maps`` capsules per pixel: images to capsules (batch, maps * pixels, size)."""
     capsules = stateless(lambda x: squash(rearrange(x, "b (maps size) h w -> b (maps h w) size", size=size)))
     return serial(conv=conv(maps * size, 9, 2, padding=0, bias=True, **_drawn(0.1)), capsules=capsules)
 
 
 def class_capsules(num_classes: int, size: int, rounds: int) -> Layer:
-    """Equation 2 and the routing: (batch, below, numbers) to (batch, num_classes, size), a matrix for each vote."""
+    """Equation 2 and the routing: (batch, below, inputs) to (batch, num_classes, size), with a matrix for each vote."""
 
     def leaves(x: Tensor) -> Leaves:
         return {"weight": Leaf((x.shape[1], num_classes, size, x.shape[2]), _drawn(0.1)["init"])}, {}
@@ -103,15 +103,15 @@ def class_capsules(num_classes: int, size: int, rounds: int) -> Layer:
 
 
 def alone(capsules: Tensor) -> Tensor:
-    """Each class's capsule with zeros for the others', (batch, classes, size) to (batch, classes, classes * size)."""
+    """Each class's capsule, the others zeroed: (batch, classes, size) to (batch, classes, classes * size)."""
     mask = torch.eye(capsules.shape[1], dtype=capsules.dtype, device=capsules.device)
     return rearrange(capsules[:, None] * mask[..., None], "b k c size -> b k (c size)")
 
 
 def canvas(hidden: int) -> Layer:
-    """The decoder's last layer, from (batch, classes, hidden + pixels) to minus the squared distance of each drawing.
+    """The decoder's last layer: (batch, classes, hidden + pixels) to minus each reconstruction's squared distance.
 
-    Behind the hidden numbers come the image's, which say how many pixels there are to draw.
+    In the input, the image's pixels follow the hidden units; their number is the size of the reconstruction.
     """
 
     def leaves(x: Tensor) -> Leaves:
@@ -127,7 +127,7 @@ def canvas(hidden: int) -> Layer:
 
 
 def decoder(widths: tuple[int, int] = (512, 1024)) -> Layer:
-    """Figure 2: from capsules and the image to how well each class's capsule alone draws it, (batch, classes)."""
+    """Figure 2: how well each class's capsule alone reconstructs the image, (batch, classes)."""
     hidden = serial(
         linear1=linear(widths[0], **_drawn(0.1)), relu1=relu, linear2=linear(widths[1], **_drawn(0.1)), relu2=relu
     )
@@ -149,7 +149,7 @@ def decoder(widths: tuple[int, int] = (512, 1024)) -> Layer:
 
 
 def drawn_again(network: Layer) -> Layer:
-    """In training, the decoder beside a network that gives `Outputs` of lengths and capsules."""
+    """Adds the decoder, in training, to a network that then returns `Outputs` of lengths and capsules."""
     draw = named("aux1", decoder())
 
     def init(x: Tensor, mode: Mode) -> tuple[Tree, Tree, Outputs]:
@@ -170,14 +170,14 @@ def drawn_again(network: Layer) -> Layer:
 def capsnet(
     *, width: int = 256, maps: int = 32, size: int = 8, class_size: int = 16, rounds: int = 3, num_classes: int = 10
 ) -> Layer:
-    """Figure 1, and figure 2 beside it.
+    """The network of figure 1 with the decoder of figure 2.
 
     Args:
         width: channels of the first convolution.
-        maps: of primary capsules.
-        size: numbers in a primary capsule.
-        class_size: numbers in a class's capsule.
-        rounds: of routing.
+        maps: maps of primary capsules.
+        size: values in a primary capsule.
+        class_size: values in a class's capsule.
+        rounds: rounds of routing.
         num_classes: capsules of the head.
     """
     return drawn_again(
@@ -190,10 +190,10 @@ def capsnet(
 
 
 def margin_loss(outputs: Tensor | Outputs, labels: Tensor) -> Tensor:
-    """Equation 4, the mean over the batch: lengths of at least 0.9 for the label, and of at most 0.1 for the others.
+    """Equation 4, averaged over the batch: the label's length should be at least 0.9, the others at most 0.1.
 
-    In training, 0.0005 times the squared distance of the label's drawing is added (section 4.1). Labels are indices, or
-    each class's share of the image.
+    In training, 0.0005 times the squared distance of the label's reconstruction is added (section 4.1). Labels are
+    class indices, or each class's share of the image.
     """
     lengths = outputs.logits if isinstance(outputs, Outputs) else outputs
     shares = labels.ndim == lengths.ndim  # of mixed images

@@ -1,11 +1,11 @@
-"""CBAM: a gate over the channels, then a gate over the pixels.
+"""CBAM: a gate for the channels, then a gate for the pixels.
 
     Woo, Park, Lee, Kweon. CBAM: Convolutional Block Attention Module. ECCV 2018, arXiv:1807.06521.
 
-To squeeze-and-excitation it adds the maximum beside the mean, and a map that says where to look. Both gates stand on
-the branch of a residual block, before the sum; any residual block can take them: see `attended`. As in the authors'
-code, the 7x7 convolution has no bias but a batch normalisation of momentum 0.01, and the stride of a bottleneck sits
-on the 3x3. No further deviations from the paper.
+To squeeze-and-excitation it adds the channels' maxima beside their means, and a map of which positions matter. Both
+gates are on the branch of a residual block, before the sum; any residual block can use them: see `attended`. As in the
+authors' code, the 7x7 convolution has no bias, but is followed by batch normalisation with momentum 0.01, and the
+stride of a bottleneck is on the 3x3. No further deviations from the paper.
 """
 
 from collections.abc import Sequence
@@ -31,12 +31,12 @@ PAPER = Paper(
 
 
 def mean_and_max(x: Tensor) -> Tensor:
-    """Of the pixels in each channel, ``(b, c, h, w) -> (b, 2, c)``."""
+    """Mean and maximum of each channel's pixels, ``(b, c, h, w) -> (b, 2, c)``."""
     return torch.stack([reduce(x, "b c h w -> b c", way) for way in ("mean", "max")], dim=1)
 
 
 def channel_gate(width: int, reduction: int) -> Layer:
-    """Equation 2: one perceptron sees the means and the maxima; the sum of what it says decides on each channel."""
+    """Equation 2: one MLP is applied to the means and to the maxima; the sum of both outputs gates each channel."""
     gate = serial(
         stateless(mean_and_max),
         squeeze=linear(width // reduction), act=relu, expand=linear(width),
@@ -46,18 +46,18 @@ def channel_gate(width: int, reduction: int) -> Layer:
 
 
 def max_and_mean(x: Tensor) -> Tensor:
-    """Of the channels at each pixel, ``(b, c, h, w) -> (b, 2, h, w)``."""
+    """Maximum and mean of the channels at each pixel, ``(b, c, h, w) -> (b, 2, h, w)``."""
     return torch.stack([reduce(x, "b c h w -> b h w", way) for way in ("max", "mean")], dim=1)
 
 
 def spatial_gate() -> Layer:
-    """Equation 3: a 7x7 convolution of the channels' maximum and mean decides for each pixel."""
+    """Equation 3: a 7x7 convolution of the channels' maximum and mean gates each pixel."""
     gate = serial(stateless(max_and_mean), conv=conv(1, 7, init=he), norm=batch_norm(momentum=0.01), gate=sigmoid)
     return multiply(identity, gate)
 
 
 def attended(branch: Layer, width: int, reduction: int) -> Layer:
-    """Figure 3: a residual block's branch with both gates on its output, ``width`` channels."""
+    """Figure 3: a residual block's branch with both gates on its output of ``width`` channels."""
     return serial(branch, channel=channel_gate(width, reduction), spatial=spatial_gate())
 
 
@@ -66,7 +66,7 @@ def cbam_resnet(depths: Sequence[int], *, reduction: int = 16, num_classes: int 
 
     Args:
         depths: blocks in each stage.
-        reduction: channels of a block to those in its channel gate, r in the paper.
+        reduction: ratio of a block's channels to its channel gate's hidden units, r in the paper.
         num_classes: outputs of the head.
     """
 

@@ -1,26 +1,26 @@
-"""Channel boosting: a convolution also sees what networks that were trained before make of the image.
+"""Channel boosting: a convolution also reads feature maps that pretrained networks compute from the image.
 
     Khan, Sohail, Ali. A New Channel Boosted Convolutional Neural Network using Transfer Learning. 2018,
     arXiv:1804.08528. With several pretrained networks as learners: Khan et al. 2020, arXiv:2012.05073.
 
-Three steps, and what they are here:
+The method has three steps, implemented here as follows:
 
-1. *Generation.* An auxiliary learner, trained on other data or for another aim, gives channels ``A_m`` for an image.
-   It is any layer. Its trained tree lies in the *state*, since it is no parameter: no gradient, no moments in an
-   optimizer, no weight decay, nothing to be excluded by name; yet it is there to see, to save and to replace. See
-   `auxiliary`, and `features` for what a network computes inside.
-2. *Boosting.* ``I_B = concat(I_C, A_1, ..., A_M)``, with each ``A_m`` brought to mean 0 and deviation 1 per channel by
-   numbers that were measured once on the training images (`measured`) and lie beside the learner.
+1. *Generation.* An auxiliary learner, trained on other data or for another task, computes channels ``A_m`` from an
+   image. Any layer can be a learner. Its trained tree is part of the *state*, not of the parameters: it has no
+   gradient, no optimizer moments and no weight decay, so nothing has to be excluded by name, and it can still be
+   inspected, saved and replaced. See `auxiliary`, and `features` for intermediate outputs of a network.
+2. *Boosting.* ``I_B = concat(I_C, A_1, ..., A_M)``. Each channel of ``A_m`` is standardised to mean 0 and standard
+   deviation 1 by statistics measured once on the training images (`measured`) and stored beside the learner.
 3. *Exploitation.* The convolution that reads ``I_B`` has more input channels, whose weights start at zero: the boosted
-   network starts at the function of the network it came from. See `channel_boost`.
+   network starts as the same function as the original one. See `channel_boost`.
 
-Zero columns in one wide convolution would not do for that: a kernel adds in another order when there is more to add,
-and the last digits change. A convolution is linear, so here it is written as the sum that it is,
+Zero columns in one wider convolution would not give exactly the same function: a convolution with more inputs sums in
+another order, and the last digits change. A convolution is linear, so here it is computed as a sum,
 ``conv(concat(I, A), [W V]) = conv(I, W) + conv(A, V)``: with V = 0 the second term adds exact zeros. The trained
-network's tree also stays as it is, and V lies beside it, so any convolution of any network can be boosted.
+network's tree also stays unchanged, with V beside it, so any convolution without groups can be boosted, in any network.
 
-Deviations: the paper's learners are stacked autoencoders on telephone records drawn as images; here they are any layer.
-What it added to the story: channels as a place where knowledge comes in.
+Deviation: the paper's learners are stacked autoencoders on telephone records drawn as images; here they are any layer.
+What it added: channels as a way to bring in knowledge from other networks.
 """
 
 from collections.abc import Iterable
@@ -47,18 +47,19 @@ BOOST = "boost"
 """The sub-tree of a boosted network that holds the learners and the weights of their channels."""
 
 Norm = Literal["batch", "group"]
-# By name, because the compiler cannot subscript types in functions inside of functions.
+# By name, because the compiler cannot subscript types in nested functions.
 _Applied: TypeAlias = tuple[Any, Tree]
 
 
 def features(layer: Layer, path: str) -> Layer:
-    """What a network computes inside, as a layer: the output of its layer at ``path``, in evaluation mode.
+    """An intermediate output of a network as a layer: the output of the layer at ``path``, in evaluation mode.
 
-    Parameters and statistics are the whole network's. What comes after ``path`` runs too, for nothing.
+    Parameters and statistics are those of the whole network. The layers after ``path`` run too; their output is
+    discarded.
 
     Args:
         layer: the network.
-        path: names joined by dots, such as ``"stage1"``.
+        path: the names from the root to the layer, joined by dots, such as ``"stage1"``.
 
     >>> import purecnn
     >>> model = purecnn.create("lenet5")
@@ -67,7 +68,7 @@ def features(layer: Layer, path: str) -> Layer:
     torch.Size([1, 6, 14, 14])
 
     Raises:
-        ValueError: when it runs, if no layer of that name does.
+        ValueError: when it runs, if the network has no layer at that path.
     """
 
     def run(params: Tree, state: Tree, x: Any, mode: Mode) -> Tensor:
@@ -95,18 +96,18 @@ def features(layer: Layer, path: str) -> Layer:
 
 
 def auxiliary(learner: Layer, *, norm: Norm = "batch") -> Layer:
-    """A frozen network's channels, standardised: ``(A(x) - mean) / std``, ``(b, c, h, w) -> (b, c', h', w')``.
+    """A frozen network's output channels, standardised: ``(A(x) - mean) / std``, ``(b, c, h, w) -> (b, c', h', w')``.
 
-    It has no parameters. Its state is ``params`` and ``state`` of the learner, and ``mean`` and ``std``, ``(c',)``, of
-    its channels. The learner runs in evaluation mode and its tree is detached, so that it stays as it is also for who
-    differentiates by the state; derivatives with respect to the image go through.
+    It has no parameters. Its state is the learner's ``params`` and ``state``, and its channels' ``mean`` and ``std``,
+    ``(c',)``. The learner runs in evaluation mode and its tree is detached, so even derivatives with respect to the
+    state leave it unchanged; derivatives with respect to the image pass through.
 
     Args:
-        learner: a layer that gives images.
-        norm: what it was trained with; see `purecnn.create`. The network that it is part of may have another one.
+        learner: a layer that outputs images.
+        norm: the normalisation it was trained with, see `purecnn.create`; it may differ from the boosted network's.
 
     Raises:
-        ValueError: when it runs, if the learner gives no images.
+        ValueError: when it runs, if the learner's output is not a batch of images.
 
     >>> from purecnn.layers import conv
     >>> params, state, _ = auxiliary(conv(2, 3)).init(torch.empty(1, 3, 8, 8, device="meta"), Mode())
@@ -116,7 +117,7 @@ def auxiliary(learner: Layer, *, norm: Norm = "batch") -> Layer:
 
     def run(state: Tree, x: Any, mode: Mode) -> Tensor:
         params, statistics = (tree.map(torch.detach, state.get(part, {})) for part in ("params", "state"))
-        # Not `around`, whose layers have parameters, nor a key: nothing is drawn in evaluation.
+        # No `around`, which is for layers with parameters, and no key, because evaluation draws nothing.
         y, _ = learner.apply(params, statistics, x, Mode(tap=mode.tap, norm=norm, path=mode.path))
         if not isinstance(y, Tensor) or y.ndim != 4:
             found = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
@@ -141,14 +142,15 @@ def auxiliary(learner: Layer, *, norm: Norm = "batch") -> Layer:
 
 
 def measured(learner: Layer, params: Tree, state: Tree, images: Iterable[Tensor], *, norm: Norm = "batch") -> Tree:
-    """The state of ``auxiliary(learner)``: the trained trees, with mean and deviation of each channel over images.
+    """The state of ``auxiliary(learner)``: the trained trees, and each channel's mean and deviation over the images.
 
     Args:
-        learner: as in `auxiliary`; ``norm`` too.
-        params: its trained parameters.
-        state: its running statistics.
-        images: batches (batch, channels, height, width) of the training half; gone through once. The deviation of a
-            channel that never changes, but by a millionth of its mean, is given as 1.
+        learner: as in `auxiliary`.
+        params: the learner's trained parameters.
+        state: the learner's running statistics.
+        images: batches (batch, channels, height, width) of the training images, iterated over once. A channel whose
+            deviation is at most a millionth of its mean counts as constant and gets the deviation 1.
+        norm: as in `auxiliary`.
 
     >>> from purecnn.layers import identity
     >>> images = torch.tensor([1.0, 5.0]).reshape(2, 1, 1, 1)
@@ -167,7 +169,7 @@ def measured(learner: Layer, params: Tree, state: Tree, images: Iterable[Tensor]
             y, _ = learner.apply(params, state, batch, mode)
             dtype = y.dtype
             values = y.double().transpose(0, 1).flatten(1)
-            # Sums of squares about a value nearby, because those about zero lose digits where the mean is large.
+            # Sums of squares about a nearby value, because sums about zero lose digits where the mean is large.
             shift = values[:, :1] if shift is None else shift
             count += values.shape[1]
             total = total + (values - shift).sum(1)
@@ -182,7 +184,7 @@ def measured(learner: Layer, params: Tree, state: Tree, images: Iterable[Tensor]
 
 
 def _convolutions(network: Layer, x: Tensor, mode: Mode) -> dict[str, tuple[Layer, Tensor]]:
-    """All convolutions with their weights, meta tensors, in the order in which they run, by path in the network."""
+    """All convolutions with their weights (meta tensors) by path in the network, in the order in which they run."""
     found: dict[str, tuple[Layer, Tensor]] = {}
 
     def around(layer: Layer, params: Tree, state: Tree, h: Any, here: Mode) -> tuple[Any, Tree]:
@@ -201,25 +203,26 @@ def _resize(y: Tensor, size: torch.Size) -> Tensor:
 
 
 def channel_boost(network: Layer, at: str | None = None, **learners: Layer) -> Layer:
-    """A network, one of whose convolutions reads the channels of auxiliary learners beside its own.
+    """A network in which one convolution also reads the channels of auxiliary learners.
 
-    The tree is the network's own, and ``boost``: in the parameters ``boost.weight`` (features, all learners' channels,
-    height, width), the columns by which the convolution is wider, zero at first; in the state ``boost.NAME``, the
-    learner's. So trained trees are put in by their names::
+    The tree is the network's own plus ``boost``: in the parameters, ``boost.weight`` (features, all learners' channels,
+    height, width), the convolution's additional columns, initially zero; in the state, ``boost.NAME``, each learner's
+    state. So trained trees are inserted by name::
 
         model = dataclasses.replace(plain, layer=channel_boost(plain.layer, encoder=auxiliary(encoder)))
         params, state = model.init(key)
         params = {**params, **plain_params}
         state = {**state, **plain_state, "boost": {"encoder": measured(encoder, *trained, images)}}
 
-    Learners see the network's input. Where their channels are of another size than what the convolution reads, they are
-    resized (bilinear).
+    Learners see the network's input. If their output differs in size from the convolution's input, it is resized
+    (bilinear).
 
     Args:
         network: any layer that takes images and has a convolution, such as ``purecnn.create("resnet18").layer``.
         at: the path of the convolution, such as ``"stage2.0.conv1"``; by default the first one, so that the image is
             boosted.
-        learners: layers from the image to channels, as `auxiliary` makes them, by name. None leaves the network.
+        learners: layers from the image to channels, made by `auxiliary`, by name. Without any, the network is returned
+            unchanged.
 
     >>> import purecnn
     >>> from purecnn.layers import conv
@@ -230,8 +233,8 @@ def channel_boost(network: Layer, at: str | None = None, **learners: Layer) -> L
     ((64, 3, 7, 7), (64, 5, 7, 7), (1, 10))
 
     Raises:
-        ValueError: if the network is boosted already; in initialisation, if it has no such convolution or one in
-            groups, or if a learner has parameters.
+        ValueError: if the network is already boosted; in initialisation, if there is no such convolution or it is
+            grouped, or if a learner has parameters.
     """
     if not learners:
         return network
@@ -248,7 +251,7 @@ def channel_boost(network: Layer, at: str | None = None, **learners: Layer) -> L
         layer, weight = found[next(iter(found)) if at is None else at]
         if layer.kind.groups != 1:
             raise ValueError(f"a convolution in {layer.kind.groups} groups cannot be boosted: which should see what?")
-        # Without the law, which is about the network's own tensors.
+        # Without the law, which applies to the network's own tensors.
         inner = mode.enter(BOOST)._replace(law=None)
         learned: Tree = {}
         count = 0
@@ -275,11 +278,11 @@ def channel_boost(network: Layer, at: str | None = None, **learners: Layer) -> L
             boosted = True
             outputs = [child.apply({}, state[BOOST], x, inner)[0] for child in children]
             channels = torch.cat([_resize(output, h.shape[2:]) for output in outputs], dim=1)
-            # The same convolution, with other weights and without the bias; who runs layers sees it.
+            # The same convolution, with other weights and without the bias; an outer `around` sees it too.
             z, _ = run(layer, params[BOOST], {}, channels, inner)
             return y + z, own_state
 
-        # Rematerialised layers know of the tensors that they are given alone, and here they see the learners' too.
+        # Rematerialised layers know only the tensors they are given, but this convolution also uses the learners'.
         return network.apply(params, state, x, mode._replace(around=around, remat=False))
 
     return Layer(init, apply, network.names | {BOOST})

@@ -1,14 +1,15 @@
-"""CMPE-SE: squeeze-and-excitation in which the identity has a say.
+"""CMPE-SE: squeeze-and-excitation whose gate also sees the shortcut.
 
     Hu, Wen, Luo, Dai, Ma, Yu. Competitive Inner-Imaging Squeeze and Excitation for Residual Network. 2018,
     arXiv:1807.08920.
 
-A residual block's gate sees the means of the branch's channels and those of the shortcut's, so both compete for how
-much the branch adds. Of the paper's variants this is the "1x1 pair-view" on WRN-28-10: the two vectors of means are the
-columns of a small picture, which 1x1 convolutions draw anew ``channels / 16`` times; the mean of the drawings goes
-through two fully-connected layers. No layer of the gate has a bias, as in the authors' code. With 10 classes this makes
-36,883,234 parameters; the authors' table (github.com/scut-aitcm/Competitive-Inner-Imaging-SENet) has 36.9 M for this
-variant, and the survey arXiv:1901.06032, which has 36.92 M, prints the error of this variant.
+A residual block's gate sees the channel means of both the branch and the shortcut, so the two compete for how much the
+branch adds. Of the paper's variants this is the "1x1 pair-view" on WRN-28-10: the two vectors of means are the columns
+of a small picture, which a 1x1 convolution turns into ``channels / 16`` pictures; their mean goes through two
+fully-connected layers. As in the authors' code, neither the convolution nor the fully-connected layers of the gate have
+a bias. With 10 classes there are 36,883,234 parameters; the authors' table
+(github.com/scut-aitcm/Competitive-Inner-Imaging-SENet) has 36.9 M for this variant, and the survey arXiv:1901.06032,
+which has 36.92 M, prints the error of this variant.
 """
 
 from collections.abc import Sequence
@@ -36,7 +37,7 @@ PAPER = Paper(
 
 
 def gate(width: int, reduction: int) -> Layer:
-    """From the picture of means, ``(b, 1, width, 2)``, to a factor for each channel."""
+    """A factor for each channel, from the picture of means, ``(b, 1, width, 2)``."""
     return serial(
         draw=conv(width // reduction, 1, init=he), norm=batch_norm(),
         mean=stateless(lambda x: reduce(x, "b drawing c pair -> b (c pair)", "mean")),
@@ -49,7 +50,7 @@ def gate(width: int, reduction: int) -> Layer:
 def competing(branch: Layer, shortcut: Layer, width: int, reduction: int) -> Layer:
     """``gate(means of branch, means of shortcut) * branch + shortcut``.
 
-    Not series-parallel, since the gate and the sum both see both.
+    Not series-parallel, since both the gate and the sum use the branch and the shortcut.
     """
     decide = named("gate", gate(width, reduction))
 
@@ -73,7 +74,7 @@ def competing(branch: Layer, shortcut: Layer, width: int, reduction: int) -> Lay
 
 
 def residual(inputs: int, width: int, stride: int, branch: Layer, reduction: int) -> Layer:
-    """`purecnn.zoo.preactresnet.residual`, with competition between branch and shortcut."""
+    """`purecnn.zoo.preactresnet.residual` with competition between branch and shortcut."""
     first = serial(norm1=batch_norm(), relu1=relu)
     if stride == 1 and inputs == width:
         return competing(serial(first, branch), identity, width, reduction)
@@ -94,8 +95,8 @@ def cmpe_se_wideresnet_cifar(
     Args:
         depths: blocks of each stage.
         widths: channels of each stage, before the factor; the first is also the stem's.
-        width: factor on the channels, k in the paper of Wide ResNet.
-        reduction: channels of a block to those in its gate, and to the drawings.
+        width: factor for the channels, k in the Wide ResNet paper.
+        reduction: ratio of a block's channels to its gate's hidden units, and to the number of pictures.
         num_classes: outputs of the head.
         dropout: rate between the two convolutions of a block.
     """

@@ -1,9 +1,9 @@
-"""ConvNeXt: a ResNet, modernised step by step until it meets the vision transformers.
+"""ConvNeXt: a ResNet modernised step by step until it matches vision transformers.
 
     Liu, Mao, Wu, Feichtenhofer, Darrell, Xie. A ConvNet for the 2020s. CVPR 2022, arXiv:2201.03545.
 
-Downsampling stands at the beginning of stages 2 to 4. The normalisation after the last pool is a stage of its own, so
-that a fine-tune which replaces the head keeps it.
+Stages 2 to 4 begin with downsampling. The last pool and its normalisation are a stage of their own, so that replacing
+the head for fine-tuning keeps the normalisation.
 """
 
 from collections.abc import Sequence
@@ -54,12 +54,12 @@ def layer_scale(initial: float) -> Layer:
 
 
 def norm() -> Layer:
-    """Layer normalisation along the channels of an image."""
+    """Layer normalisation along the channels of images."""
     return serial(channels_last, layer_norm(eps=1e-6), channels_first)
 
 
 def block(width: int, scale: float, drop: float) -> Layer:
-    """Figure 4: depthwise 7x7, then a perceptron for each pixel."""
+    """Figure 4: depthwise 7x7, then an MLP at each pixel."""
     main = serial(
         depthwise=conv(width, 7, groups=width, bias=True, init=cut, bias_init=0.0), to_last=channels_last,
         norm=layer_norm(eps=1e-6),
@@ -82,9 +82,9 @@ def convnext(
     Args:
         depths: blocks of each stage.
         widths: channels of each stage.
-        layer_scale: initial factor on each branch.
+        layer_scale: initial value of the factors on each branch.
         num_classes: outputs of the head.
-        stochastic_depth: rate at which the branch of the last block is dropped; it rises from 0 in a line.
+        stochastic_depth: rate at which the last block's branch is dropped; the rate rises linearly from 0 at the first.
     """
     stages: dict[str, Layer] = {}
     done, last = 0, max(sum(depths) - 1, 1)

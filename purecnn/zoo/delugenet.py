@@ -1,16 +1,16 @@
-"""DelugeNet: a layer sees all earlier layers of its block, by one weight for each of their channels.
+"""DelugeNet: a layer sees all earlier layers of its block, with one weight for each of their channels.
 
     Kuen, Kong, Wang, Tan. DelugeNets: Deep Networks with Efficient and Flexible Cross-layer Information Inflows. ICCV
     Workshops 2017, arXiv:1611.05552.
 
-A residual network adds up what earlier layers gave; a dense network hands on all of it, to ever wider inputs. Here a
-layer begins with a cross-layer depthwise convolution, a weighted sum: channel ``c`` of the sum is made of the channels
-``c`` of all earlier outputs, so the sum is no wider than one of them. The outputs are joined as in a dense block, by
-``concat(identity, f)``, and a 3x3 convolution leads from block to block.
+A residual network adds up the outputs of earlier layers; a dense network concatenates them, so its inputs widen. Here
+each layer begins with a cross-layer depthwise convolution, a weighted sum: channel ``c`` of the sum combines the
+channels ``c`` of all earlier outputs, so the sum is only as wide as one of them. The outputs are concatenated as in a
+dense block, by ``concat(identity, f)``, and a 3x3 convolution connects one block to the next.
 
-As in the authors' code (github.com/xternalz/DelugeNets), each channel is normalised before it is weighed, so the
-cross-layer convolution is batch normalisation and a sum. Its weights begin as those of a mean. There, the newest output
-comes first in the joined image; no other deviations.
+As in the authors' code (github.com/xternalz/DelugeNets), each channel is normalised before it is weighted, so the
+cross-layer convolution is batch normalisation followed by a sum. Its weights start as those of a mean. The only
+deviation: in the authors' code, the newest output comes first in the concatenation.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ he = kaiming_normal("fan_out")
 
 
 def cross_layer(layers: int, width: int) -> Layer:
-    """From the outputs of several layers, ``(b, layers * width, h, w)``, to ``(b, width, h, w)``."""
+    """The weighted sum of the outputs of several layers, ``(b, layers * width, h, w) -> (b, width, h, w)``."""
     if layers == 1:
         return identity
     mean = drawn(batch_norm(), lambda path, shape: 1 / layers if path.endswith("weight") else None)
@@ -43,7 +43,7 @@ def cross_layer(layers: int, width: int) -> Layer:
 
 
 def bottleneck(width: int) -> Layer:
-    """Normalise and rectify before each of 1x1 to half of the width, 3x3, 1x1."""
+    """1x1 to half of the width, 3x3, 1x1, each after normalisation and ReLU."""
     return serial(
         norm1=batch_norm(), relu1=relu, conv1=conv(width // 2, 1, init=he),
         norm2=batch_norm(), relu2=relu, conv2=conv(width // 2, 3, init=he),
@@ -52,12 +52,12 @@ def bottleneck(width: int) -> Layer:
 
 
 def composite(layers: int, width: int) -> Layer:
-    """A layer whose input is the outputs of several, and its own beside them."""
+    """A layer that reads the outputs of several layers and appends its own to them."""
     return concat(identity, serial(cross_layer(layers, width), bottleneck(width)))
 
 
 def transition(layers: int, width: int) -> Layer:
-    """From a block to the next: half the size, twice the width."""
+    """Between two blocks: halves the image and doubles the width."""
     return serial(cross_layer(layers, width), norm=batch_norm(), conv=conv(2 * width, 3, 2, init=he))
 
 
@@ -65,13 +65,13 @@ def delugenet_cifar(depths: Sequence[int], *, width: int = 64, num_classes: int 
     """The network for CIFAR: a convolution, then three blocks.
 
     Args:
-        depths: composite layers of each block; in the first block one of them widens the stem's output.
-        width: channels of a layer's output in the first block; half of them are the stem's.
+        depths: composite layers of each block; the first layer of the first block widens the stem's output instead.
+        width: channels of a layer's output in the first block; the stem has half as many.
         num_classes: outputs of the head.
     """
     parts: dict[str, Layer] = {"stem": serial(conv=conv(width // 2, 3, init=he))}
     for i, depth in enumerate(depths, start=1):
-        # The first output of a block is its first layer's in the first block, and the transition's in the others.
+        # The first output is that of the first layer in the first block, and that of the transition in the others.
         outputs = depth if i == 1 else depth + 1
         first = [bottleneck(width)] if i == 1 else []
         block = numbered(*first, *(composite(layers, width) for layers in range(1, outputs)))

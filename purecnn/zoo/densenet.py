@@ -2,7 +2,7 @@
 
     Huang, Liu, van der Maaten, Weinberger. Densely Connected Convolutional Networks. CVPR 2017, arXiv:1608.06993.
 
-The variants with bottlenecks and compression (DenseNet-BC) for ImageNet, table 1.
+These are the variants with bottlenecks and compression (DenseNet-BC) for ImageNet, table 1.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ he = kaiming_normal("fan_in")
 
 
 def dense_layer(growth: int, dropout: float) -> Layer:
-    """Section 3: normalise, rectify, 1x1 to four times the growth; again with 3x3; then join what came before."""
+    """Section 3: normalisation, ReLU, 1x1 to four times the growth; the same with 3x3; then concatenation."""
     return concat(
         identity,
         serial(
@@ -38,7 +38,7 @@ def dense_layer(growth: int, dropout: float) -> Layer:
 
 
 def transition(width: int) -> Layer:
-    """Between two dense blocks: to ``width`` channels and half the size."""
+    """Between two dense blocks: changes to ``width`` channels and halves the image."""
     return serial(norm=batch_norm(), relu=relu, conv=conv(width, 1, init=he), pool=avg_pool(2, 2))
 
 
@@ -54,7 +54,7 @@ def densenet(
 
     Args:
         depths: dense layers in each block.
-        growth: channels that each layer adds, k in the paper.
+        growth: number of channels that each layer adds, k in the paper.
         stem_width: channels of the first convolution.
         num_classes: outputs of the head.
         dropout: rate after each dense layer.

@@ -2,11 +2,11 @@
 
     Huang, Liu, van der Maaten, Weinberger. Densely Connected Convolutional Networks. CVPR 2017, arXiv:1608.06993.
 
-Three dense blocks with images of 32, 16 and 8 pixels. The plain network has one 3x3 convolution to a layer, 16
-channels at the beginning, and transitions that keep the width; DenseNet-BC has a 1x1 before the 3x3, twice the
-growth at the beginning, and transitions that halve the width. By default no dropout, as with augmented images. No
-deviations from the paper. (pytorchcv's DenseNet of 40 layers without bottlenecks halves the width all the same, hence
-its 599,050 parameters.)
+Three dense blocks work at 32, 16 and 8 pixels. The plain network has one 3x3 convolution per layer, a stem of 16
+channels, and transitions that keep the width. DenseNet-BC has a 1x1 before the 3x3, a stem of twice the growth, and
+transitions that halve the width. By default there is no dropout, as in the paper with augmented images. No deviations
+from the paper. (pytorchcv's DenseNet of 40 layers without bottlenecks halves the width too, hence its 599,050
+parameters.)
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from purecnn.zoo.densenet import PAPER, dense_layer, he, transition
 
 
 def plain_layer(growth: int, dropout: float) -> Layer:
-    """Section 3: normalise, rectify, 3x3; then join what came before."""
+    """Section 3: normalisation, ReLU, 3x3; then concatenation."""
     main = serial(
         norm1=batch_norm(), relu1=relu, conv1=conv(growth, 3, init=he), dropout=layers.dropout(dropout)
     )  # fmt: skip
@@ -38,8 +38,8 @@ def densenet_cifar(
 
     Args:
         depths: dense layers in each block.
-        growth: channels that each layer adds, k in the paper.
-        bottlenecks: with bottlenecks and compression: DenseNet-BC.
+        growth: number of channels that each layer adds, k in the paper.
+        bottlenecks: use bottlenecks and compression (DenseNet-BC).
         num_classes: outputs of the head.
         dropout: rate after each dense layer.
     """

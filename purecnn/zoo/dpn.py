@@ -1,13 +1,14 @@
-"""Dual Path Network: a block adds to what there is, as ResNet does, and joins new channels to it, as DenseNet does.
+"""Dual Path Network: each block adds to some channels, as in ResNet, and appends new ones, as in DenseNet.
 
     Chen, Li, Xiao, Jin, Yan, Feng. Dual Path Networks. NIPS 2017, arXiv:1707.01629.
 
-A sum uses features again at no cost in width; joined channels are new ones, and no sum blurs them. Here a ResNeXt
-bottleneck, pre-activated, makes a few channels more than the sum takes, and those are joined. An image is its residual
-channels, as many in all blocks of a stage, and after them the dense ones, which grow; a block sees both.
+A sum reuses features without more width; appended channels are new features that no sum blurs. Here a pre-activated
+ResNeXt bottleneck outputs a few channels more than the sum takes, and these are appended. A feature map consists of the
+residual channels, whose number is constant within a stage, followed by the dense channels, whose number grows; a block
+sees both.
 
-No deviations from the authors' code in MXNet. It does not say how weights are drawn: here by He's rule with the fan-in.
-The head is a 1x1 convolution of the pooled features, as in timm and pytorchcv.
+No deviations from the authors' code in MXNet. It does not specify the initialisation; here it is He initialisation with
+fan-in. The head is a 1x1 convolution of the pooled features, as in timm and pytorchcv.
 """
 
 from collections.abc import Sequence
@@ -38,7 +39,7 @@ def norm() -> Layer:
 
 
 def dual(shortcut: Layer, branch: Layer, width: int) -> Layer:
-    """The end of a block: of both outputs the first ``width`` channels are added, and the others joined."""
+    """The end of a block: the first ``width`` channels of both outputs are added, the others are concatenated."""
 
     def join(x: Tensor, y: Tensor) -> Tensor:
         return torch.cat([x[:, :width] + y[:, :width], x[:, width:], y[:, width:]], dim=1)
@@ -57,15 +58,15 @@ def dual(shortcut: Layer, branch: Layer, width: int) -> Layer:
 
 
 def block(width: int, growth: int, inner: int, groups: int, stride: int = 1, *, first: bool = False) -> Layer:
-    """Figure 2d: a pre-activated bottleneck sees both paths; in the first of a stage a 1x1 convolution makes new ones.
+    """Figure 2d: a pre-activated bottleneck sees both paths; in a stage's first block a 1x1 convolution makes both.
 
     Args:
         width: channels of the residual path.
-        growth: channels that it adds to the dense path; the first also makes twice as many to begin with.
+        growth: channels that the block adds to the dense path; the first block also starts it with twice as many.
         inner: channels of the 3x3 convolution.
-        groups: of the 3x3 convolution.
-        stride: of the 3x3 convolution.
-        first: of a stage.
+        groups: groups of the 3x3 convolution.
+        stride: stride of the 3x3 convolution.
+        first: whether this is the first block of a stage.
     """
     start = serial(norm=norm(), relu=relu, conv=conv(width + 2 * growth, 1, stride, init=he))
     branch = serial(
@@ -94,9 +95,9 @@ def dpn(
         growths: channels that each block of a stage adds to the dense path.
         width: channels of the residual path in the first stage; each stage doubles them.
         inner: channels of the 3x3 convolutions in the first stage; each stage doubles them.
-        groups: of the 3x3 convolutions.
+        groups: groups of the 3x3 convolutions.
         stem_width: channels of the first convolution.
-        stem_kernel: its side, pixels.
+        stem_kernel: kernel size of the first convolution, pixels.
         num_classes: outputs of the head.
     """
     stages: dict[str, Layer] = {}

@@ -1,12 +1,12 @@
-"""EfficientNet: one searched network, scaled in width, depth and resolution together; and its second version.
+"""EfficientNet: one searched network, scaled in width, depth and resolution together; and version 2.
 
     Tan, Le. EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks. ICML 2019, arXiv:1905.11946.
     Tan, Le. EfficientNetV2: Smaller Models and Faster Training. ICML 2021, arXiv:2104.00298.
 
-One function builds both: version 2 has "fused" blocks early on, in which one full convolution stands for the
-expansion and the depthwise one. Squeeze-and-excitation squeezes to a quarter of the block's *input* channels.
-Deviations, torchvision's: the dropping of branches rescales in training; eps and momentum of batch normalisation are
-PyTorch's in B0 to B4.
+One function builds both: version 2 has "fused" blocks in its early stages, in which one full convolution replaces the
+expansion and the depthwise convolution. Squeeze-and-excitation squeezes to a quarter of the block's *input* channels.
+Deviations, as in torchvision: stochastic depth rescales in training; B0 to B4 use PyTorch's defaults for eps and
+momentum of batch normalisation.
 """
 
 import math
@@ -59,9 +59,9 @@ L: Sequence[Stage] = (
 def compound_scaling(
     phi: float, *, depth: float = 1.2, width: float = 1.1, resolution: float = 1.15
 ) -> tuple[float, float, float]:
-    """Section 3.3: factors on width, depth and image size; each step of ``phi`` doubles the multiplications, about.
+    """Section 3.3: factors for width, depth and image size; each step of ``phi`` about doubles the multiplications.
 
-    ``depth * width**2 * resolution**2`` is about 2. The published B1 to B7 follow this law but loosely: they were
+    ``depth * width**2 * resolution**2`` is about 2. The published B1 to B7 follow this rule only loosely: they were
     rounded by hand.
 
     >>> width, depth, resolution = compound_scaling(2)
@@ -72,7 +72,7 @@ def compound_scaling(
 
 
 def fused(inputs: int, width: int, kernel: int, stride: int, expanded: int, *, norm: Layer, drop: float) -> Layer:
-    """Figure 2 of version 2: a full convolution expands, a 1x1 projects; without expansion one convolution is all."""
+    """Figure 2 of version 2: a full convolution expands, a 1x1 projects; without expansion, one full convolution."""
     if expanded == inputs:
         main = serial(expand=conv_norm(width, kernel, stride, init=he, norm=norm, act=silu))
     else:
@@ -99,15 +99,15 @@ def efficientnet(
     """Table 1 of the paper (table 4 of version 2); the last 1x1 convolution is a stage.
 
     Args:
-        width: factor on all channels; see `compound_scaling`.
-        depth: factor on the number of blocks.
+        width: factor for all channels; see `compound_scaling`.
+        depth: factor for the number of blocks.
         stages: see `Stage`.
         stem_width: channels of the first convolution, before the factor.
-        last_width: channels of the last convolution; by default four times the last stage's.
+        last_width: channels of the last 1x1 convolution; by default four times those of the stage before.
         num_classes: outputs of the head.
         dropout: rate before the head.
-        stochastic_depth: rate at which the branch of the last block would be dropped; it rises from 0 in a line.
-        norm_eps, norm_momentum: of batch normalisation.
+        stochastic_depth: block ``i`` of ``n``, counted from 0, drops its branch with rate ``stochastic_depth * i / n``.
+        norm_eps, norm_momentum: eps and momentum of batch normalisation.
     """
     norm = batch_norm(norm_eps, norm_momentum)
     inputs = divisible(stem_width * width)

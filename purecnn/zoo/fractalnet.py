@@ -1,17 +1,17 @@
-"""FractalNet: depth without residuals, from one rule of expansion.
+"""FractalNet: deep networks without residual connections, from one expansion rule.
 
     Larsson, Maire, Shakhnarovich. FractalNet: Ultra-Deep Neural Networks without Residuals. ICLR 2017,
     arXiv:1605.07648.
 
-``f_1`` is a convolution and ``f_{C+1}(z)`` the join of ``f_C(f_C(z))`` and a convolution of ``z``; joins that meet are
-one, the mean of all columns that end there. So a block has ``C`` columns, the longest of ``2^(C-1)`` convolutions.
-Drop-path trains them to do without each other: locally a join drops each of its inputs, but never all; globally one
-column is all there is, in the whole network.
+``f_1`` is a convolution, and ``f_{C+1}(z)`` joins ``f_C(f_C(z))`` with a convolution of ``z``. Adjacent joins are
+merged into one, the mean of all columns that end there. So a block has ``C`` columns, and the longest has ``2^(C-1)``
+convolutions. Drop-path trains the columns to work without each other: local drop-path drops each input of a join
+independently, but never all of them; global drop-path keeps only one column, the same in the whole network.
 
-Here each image draws for itself whether its drop-path is global; pytorchcv takes a fixed part of the batch. Dropout
-drops single values, where pytorchcv drops channels. There are 33,724,618 parameters, as in pytorchcv. The paper says
-38.6 M; but the authors' generator (github.com/gustavla/fractalnet) wires these same 35 convolutions with these widths,
-which hold 33.7 M, so the paper's figure must count something that neither shows. The first block is the stem.
+Here it is drawn for each image whether its drop-path is global; pytorchcv uses a fixed part of the batch. Dropout drops
+single values, while pytorchcv drops channels. There are 33,724,618 parameters, as in pytorchcv. The paper says 38.6 M,
+but the authors' generator (github.com/gustavla/fractalnet) builds the same 35 convolutions with the same widths, which
+have 33.7 M parameters; so the paper's figure must count something that appears in neither. The first block is the stem.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,13 +39,13 @@ PAPER = Paper(
 he = kaiming_normal("fan_in")
 
 Unit = Callable[[int, int, Tensor], Tensor]
-"""``unit(column, place, x)`` runs a convolution; ``place`` counts the longest column's convolutions before its end."""
+"""``unit(column, place, x)`` runs a convolution; ``place`` is its end, in convolutions of the longest column."""
 Join = Callable[[int, list[Tensor]], Tensor]
-"""``join(place, outputs)`` makes one of the columns that end there, from short to long."""
+"""``join(place, outputs)`` merges the outputs of the columns that end at ``place``, from short to long."""
 
 
 def expand(columns: int, unit: Unit, join: Join, x: Tensor, start: int = 0) -> list[Tensor]:
-    """The rule of expansion: the outputs of a fractal's columns, from short to long, before they are joined."""
+    """The expansion rule: the outputs of a fractal's columns, from short to long, before they are joined."""
     middle, end = start + 2 ** (columns - 1) // 2, start + 2 ** (columns - 1)
     longer = []
     if columns > 1:
@@ -55,20 +55,20 @@ def expand(columns: int, unit: Unit, join: Join, x: Tensor, start: int = 0) -> l
 
 
 def pick(mode: Mode, count: int, batch: int) -> Tensor:
-    """One of ``count`` for each image, as booleans ``(batch, count)``."""
+    """Picks one of ``count`` for each image, as booleans ``(batch, count)``."""
     number = (random.uniform(mode.draw_key(), (batch,)) * count).floor()
     return number[:, None] == torch.arange(count, device=number.device)
 
 
 def drop_path(outputs: list[Tensor], columns: int, local: float, whole: float, mode: Mode) -> Tensor:
-    """Drop-path: the mean of the outputs that are kept, drawn for each image.
+    """Drop-path: the mean of the outputs that are kept; which ones is drawn for each image.
 
     Args:
-        outputs: of the columns that end here, from short to long: the last ones of all ``columns``.
+        outputs: outputs of the columns that end here, from short to long; these are the last of all ``columns``.
         columns: columns of a block.
-        local: rate at which an output is dropped; if all were, one is kept.
-        whole: rate at which an image goes through one column alone, the same in all joins of the network.
-        mode: of the join.
+        local: rate at which an output is dropped; if all would be dropped, a random one is kept.
+        whole: rate at which an image goes through a single column, the same in all joins of the network.
+        mode: the mode of the join.
     """
     batch, count = outputs[0].shape[0], len(outputs)
     kept = torch.ones(batch, count, dtype=torch.bool, device=outputs[0].device)
@@ -76,10 +76,10 @@ def drop_path(outputs: list[Tensor], columns: int, local: float, whole: float, m
         drawn = mode.enter("local").bernoulli(1 - local, (batch, count))
         kept = drawn | (pick(mode.enter("spare"), count, batch) & ~drawn.any(1, keepdim=True))
     if whole:
-        # Not the join's path: all joins are to draw the same.
+        # Not the join's path, so that all joins draw the same.
         root = mode._replace(path="drop_path", tap=None)
         alone = random.bernoulli(root.enter("whole").draw_key(), whole, (batch,))
-        # A column that does not end here has no say here, and what the others say will not reach the end.
+        # If the chosen column does not end here, the result is zero; it cannot reach the block's end.
         only = pick(root.enter("column"), columns, batch)[:, columns - count :]
         kept = torch.where(alone[:, None], only, kept)
     weight = rearrange(kept.to(outputs[0].dtype), "b column -> column b 1 1 1")
@@ -87,7 +87,7 @@ def drop_path(outputs: list[Tensor], columns: int, local: float, whole: float, m
 
 
 def fractal(width: int, columns: int, dropout: float, local: float, whole: float) -> Layer:
-    """Figure 1: convolution ``i`` of column ``c`` is called ``column{c}_{i}``; column 1 is the longest."""
+    """Figure 1: convolution ``i`` of column ``c`` is named ``column{c}_{i}``; column 1 is the longest."""
     unit = serial(conv_norm(width, 3, init=he), dropout=layers.dropout(dropout))
     units = {
         (column, 2 ** (column - 1) * (i + 1)): named(f"column{column}_{i}", unit)
@@ -134,14 +134,14 @@ def fractalnet_cifar(
     global_drop: float = 0.5,
     num_classes: int = 10,
 ) -> Layer:
-    """The network for CIFAR: fractal blocks, each with a pool that halves the image.
+    """The network for CIFAR: fractal blocks, each followed by a pool that halves the image.
 
     Args:
         widths: channels of each block.
         columns: columns of each block, C in the paper.
-        dropout: rate in the second block; it is 0 in the first and rises in a line.
+        dropout: rate in the second block; it rises linearly over the blocks, from 0 in the first.
         local_drop: rate at which a join drops an input.
-        global_drop: rate at which an image goes through one column alone.
+        global_drop: rate at which an image goes through a single column.
         num_classes: outputs of the head.
 
     Raises:

@@ -1,12 +1,12 @@
-"""GoogLeNet, the first Inception network, as torchvision has it.
+"""GoogLeNet, the first Inception network, as in torchvision.
 
     Szegedy, Liu, Jia, Sermanet, Reed, Anguelov, Erhan, Vanhoucke, Rabinovich. Going Deeper with Convolutions.
     CVPR 2015, arXiv:1409.4842.
 
-Deviations from the paper, all of them torchvision's, which follow the published TensorFlow weights: batch
-normalisation and no biases in the convolutions; the "5x5" branch convolves 3x3; the fourth pool is 2x2; no local
-response normalisation; auxiliary heads pool adaptively. A stage ends where the image shrinks or an auxiliary
-head taps: 3a-3b, 4a, 4b-4d, 4e, 5a-5b. 13,004,888 parameters, 6,624,904 without auxiliary heads.
+Deviations from the paper, all as in torchvision, which follows the published TensorFlow weights: convolutions
+have batch normalisation instead of biases; the "5x5" branch has a 3x3 convolution; the fourth pool is 2x2; no local
+response normalisation; auxiliary heads pool adaptively. A stage ends where the image shrinks or an auxiliary head
+branches off: 3a-3b, 4a, 4b-4d, 4e, 5a-5b. 13,004,888 parameters, 6,624,904 without auxiliary heads.
 """
 
 import torch
@@ -41,12 +41,12 @@ narrow = truncated_normal(0.01)
 
 
 def conv_norm(width: int, kernel: int, stride: int = 1) -> Layer:
-    """Convolution, batch normalisation, rectifier."""
+    """Convolution, batch normalisation, ReLU."""
     return layers.conv_norm(width, kernel, stride, init=narrow, norm=batch_norm(eps=1e-3))
 
 
 def inception(c1: int, r3: int, c3: int, r5: int, c5: int, cp: int) -> Layer:
-    """Figure 2b: four branches side by side; r3 and r5 are the "reduce" columns of table 1, cp is "pool proj"."""
+    """Figure 2b: four parallel branches; r3 and r5 are the "reduce" columns of table 1, cp is "pool proj"."""
     return concat(
         branch1=conv_norm(c1, 1),
         branch3=serial(reduce=conv_norm(r3, 1), expand=conv_norm(c3, 3)),
@@ -56,7 +56,7 @@ def inception(c1: int, r3: int, c3: int, r5: int, c5: int, cp: int) -> Layer:
 
 
 def aux_head(num_classes: int, dropout: float) -> Layer:
-    """Section 5: a small classifier on an intermediate feature map."""
+    """Section 5: a small classifier on intermediate feature maps."""
     return serial(
         adaptive_avg_pool(4),
         reduce=conv_norm(128, 1), flatten=flatten,
@@ -66,10 +66,10 @@ def aux_head(num_classes: int, dropout: float) -> Layer:
 
 
 def to_half(x: Tensor) -> Tensor:
-    """From ImageNet's mean and deviation to mean and deviation 0.5, channel by channel.
+    """From normalisation by ImageNet's mean and deviation to normalisation by 0.5 and 0.5, in each channel.
 
     Raises:
-        ValueError: unless there are three of them.
+        ValueError: unless there are three channels.
     """
     if x.shape[1] != 3:
         raise ValueError(f"transform_input is for images with 3 channels, found {tuple(x.shape)}")
@@ -89,9 +89,9 @@ def googlenet(
 
     Args:
         num_classes: outputs of the head and the auxiliary heads.
-        aux_logits: have the auxiliary heads; then training gives `purecnn.Outputs`.
-        transform_input: the images are normalised by ImageNet's mean and deviation, but the weights want 0.5
-            and 0.5 (as torchvision's published weights do): convert.
+        aux_logits: add the auxiliary heads; then training returns `purecnn.Outputs`.
+        transform_input: convert images normalised by ImageNet's mean and deviation to normalisation by 0.5 and 0.5,
+            which torchvision's published weights expect.
         dropout: rate before the head.
         dropout_aux: rate in the auxiliary heads.
     """

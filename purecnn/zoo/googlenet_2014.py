@@ -1,17 +1,17 @@
-"""GoogLeNet as it won ImageNet in 2014.
+"""GoogLeNet as published: the network that won ImageNet in 2014.
 
     Szegedy, Liu, Jia, Sermanet, Reed, Anguelov, Erhan, Vanhoucke, Rabinovich. Going Deeper with Convolutions.
     CVPR 2015, arXiv:1409.4842.
 
-What it added: the inception module, which looks at its input with kernels of several sizes side by side, and 1x1
-convolutions that reduce the channels before the large kernels. 22 layers with a ninth of AlexNet's parameters:
-6,998,552, and 13,378,280 with the two auxiliary heads that training has.
+What it added: the inception module, which applies kernels of several sizes to its input in parallel, and 1x1
+convolutions that reduce the channels before the large kernels. It has 22 layers and about a ninth of AlexNet's
+parameters: 6,998,552, or 13,378,280 with the two auxiliary heads used in training.
 
 `purecnn.zoo.googlenet` is torchvision's network of that name, with batch normalisation and without true 5x5
-convolutions. Here all is the paper's. What the paper leaves open follows Caffe's replication, ``bvlc_googlenet``: the
-constants of local response normalisation, pools whose last window reaches over the border, and the initial values (of
-which its authors say that the original's were Gaussian). A stage ends where the image shrinks or an auxiliary head
-taps: 3a-3b, 4a, 4b-4d, 4e, 5a-5b.
+convolutions. This one follows the paper in everything. What the paper does not specify follows Caffe's replication,
+``bvlc_googlenet``: the constants of local response normalisation, pools whose last window reaches over the border, and
+the initial values (the original's were Gaussian, as the authors of the replication say). A stage ends where the image
+shrinks or an auxiliary head branches off: 3a-3b, 4a, 4b-4d, 4e, 5a-5b.
 """
 
 from purecnn import layers
@@ -23,16 +23,16 @@ from purecnn.zoo.alexnet_2012 import local_response_norm
 from purecnn.zoo.googlenet import PAPER
 
 xavier = variance_scaling(1.0, "fan_in", "uniform")
-"""What Caffe calls so."""
+"""What Caffe calls "xavier"."""
 
 
 def conv(width: int, kernel: int, stride: int = 1) -> Layer:
-    """Convolution, rectifier."""
+    """Convolution, ReLU."""
     return serial(layers.conv(width, kernel, stride, bias=True, init=xavier, bias_init=0.2), relu)
 
 
 def inception(c1: int, r3: int, c3: int, r5: int, c5: int, cp: int) -> Layer:
-    """Figure 2b: four branches side by side; r3 and r5 are the "reduce" columns of table 1, cp is "pool proj"."""
+    """Figure 2b: four parallel branches; r3 and r5 are the "reduce" columns of table 1, cp is "pool proj"."""
     return concat(
         branch1=conv(c1, 1),
         branch3=serial(reduce=conv(r3, 1), expand=conv(c3, 3)),
@@ -42,7 +42,7 @@ def inception(c1: int, r3: int, c3: int, r5: int, c5: int, cp: int) -> Layer:
 
 
 def aux_head(num_classes: int, dropout: float) -> Layer:
-    """Section 5: a small classifier on an intermediate feature map."""
+    """Section 5: a small classifier on intermediate feature maps."""
     return serial(
         avg_pool(5, 3), reduce=conv(128, 1), flatten=flatten,
         linear1=linear(1024, init=xavier, bias_init=0.2), relu=relu, dropout=layers.dropout(dropout),
@@ -61,7 +61,7 @@ def googlenet_2014(
 
     Args:
         num_classes: outputs of the head and the auxiliary heads.
-        aux_logits: have the auxiliary heads; then training gives `purecnn.Outputs`. The paper weights their losses
+        aux_logits: add the auxiliary heads; then training returns `purecnn.Outputs`. The paper weights their losses
             by 0.3.
         dropout: rate before the head.
         dropout_aux: rate in the auxiliary heads.

@@ -3,14 +3,14 @@
     Srivastava, Greff, Schmidhuber. Highway Networks. 2015, arXiv:1505.00387.
     Srivastava, Greff, Schmidhuber. Training Very Deep Networks. NIPS 2015, arXiv:1507.06228.
 
-What it added: ``y = T * H(x) + (1 - T) * x``. The transform gate T has learnt weights, and its biases start at -2, so
-that at first all layers nearly pass their input on. With it plain gradient descent trained tens of layers; a residual
-network is one without gates.
+What it added: ``y = T * H(x) + (1 - T) * x``. The transform gate T is learned, and its biases start at -2, so at first
+every layer passes its input on almost unchanged. Plain gradient descent could thus train tens of layers. A residual
+network is a highway network without gates.
 
-The network of 19 layers for CIFAR, 2,256,838 parameters, from the authors' files for Caffe
-(github.com/flukeskywalker/highway-networks). What these call "xavier" is He's rule in their version of Caffe. Their
-first convolution has its 0.05 in a field that the Gaussian does not read, where the last layer has it as the standard
-deviation; here both have it as that.
+This is the 19-layer network for CIFAR, 2,256,838 parameters, from the authors' Caffe files
+(github.com/flukeskywalker/highway-networks). What these call "xavier" is He initialisation in their version of Caffe.
+Their first convolution sets 0.05 in a field that the Gaussian filler does not read, while the last layer sets it as the
+standard deviation; here it is the standard deviation in both.
 """
 
 from collections.abc import Sequence
@@ -46,7 +46,7 @@ def highway(transform: Layer, gate: Layer) -> Layer:
 
 
 def block(width: int) -> Layer:
-    """H is a 3x3 convolution and a rectifier, T a 3x3 convolution and a sigmoid."""
+    """H is a 3x3 convolution and a ReLU, T a 3x3 convolution and a sigmoid."""
     return highway(
         serial(conv(width, 3, bias=True, init=he, bias_init=0.0), relu),
         serial(conv(width, 3, bias=True, init=he, bias_init=-2.0), sigmoid),
@@ -61,14 +61,14 @@ def highway_cifar(
     num_classes: int = 10,
     dropout: float = 0.2,
 ) -> Layer:
-    """The authors' network for CIFAR: plain convolutions change the width, highways follow.
+    """The authors' network for CIFAR: plain convolutions change the width, and highway layers follow each.
 
     Args:
         widths: channels of the stem and each stage.
-        depths: highways in the stem and each stage.
+        depths: highway layers in the stem and each stage.
         last_width: channels of the 1x1 convolution at the end.
         num_classes: outputs of the head.
-        dropout: rate on the images, before each plain 3x3 convolution, and before the head.
+        dropout: rate before each plain 3x3 convolution, so also on the images, and before the head.
     """
     last = serial(reduce=conv(last_width, 1, bias=True, init=he, bias_init=0.0), relu_last=relu)
     parts: dict[str, Layer] = {}

@@ -3,15 +3,15 @@
     Szegedy, Ioffe, Vanhoucke, Alemi. Inception-v4, Inception-ResNet and the Impact of Residual Connections on
     Learning. AAAI 2017, arXiv:1602.07261.
 
-What this paper adds to ResNet: a 1x1 convolution without activation brings the joined branches back to the width of
-the trunk, and the branch is *scaled down* before it is added, because wide residual networks died in training without
-it. Version 1 costs about what Inception v3 costs, version 2 what Inception v4 does.
+What this paper adds to ResNet: a 1x1 convolution without activation brings the concatenated branches back to the width
+of the trunk, and the result is *scaled down* before it is added, because wide residual networks died in training
+without scaling. Version 1 costs about as much as Inception v3, version 2 about as much as Inception v4.
 
-Deviations from the paper, all of them those of the published weights. Version 2 has the stem of Inception v3 and one
-Inception module after it, in place of the stem of Inception v4, so its trunk is 320, 1088 and 2080 channels wide; and
-it has 10, 20 and 10 modules, where figure 15 has 5, 10 and 5 for both versions. Version 1 is pytorchcv's, which follows
-FaceNet: a sixth module C, and a linear map to 512 numbers and a normalisation before the head. In both, the last module
-is neither scaled nor rectified.
+All deviations from the paper are those of the published weights. Version 2 has the stem of Inception v3 followed by one
+Inception module, instead of the stem of Inception v4, so its trunk is 320, 1088 and 2080 channels wide; and it has 10,
+20 and 10 modules, while figure 15 has 5, 10 and 5 for both versions. Version 1 is pytorchcv's, which follows FaceNet: a
+sixth module C, and a linear embedding of 512 features with normalisation before the head. In both versions, the last
+module has no scaling and no ReLU.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ from purecnn.zoo.inception_v4 import (
 )
 
 Widths = Sequence[Sequence[int]]
-"""Of each convolution of each branch, in the order of the figures."""
+"""Channels of each convolution of each branch, in the order of the figures."""
 
 
 def scaled(layer: Layer, scale: float) -> Layer:
@@ -43,13 +43,13 @@ def scaled(layer: Layer, scale: float) -> Layer:
 
 
 def residual(branches: Layer, width: int, scale: float, act: Layer = relu) -> Layer:
-    """Figure 20: the branches, 1x1 to the trunk's width, a small constant; then the sum is rectified."""
+    """Figure 20: branches, 1x1 to the trunk's width, scaling by a small constant; then the sum and a ReLU."""
     restore = serial(branches, restore=conv(width, 1, bias=True, init=he, bias_init=0.0))
     return serial(add(identity, scaled(restore, scale)), act)
 
 
 def module_a(widths: Widths) -> Layer:
-    """The branches of figures 10 and 16, 35x35."""
+    """The branches of figures 10 and 16, at 35x35."""
     (c1,), (r3, c3), (r5, m5, c5) = widths
     return concat(
         branch1=conv_norm(c1, 1),
@@ -69,7 +69,7 @@ def reduction_a(widths: Widths) -> Layer:
 
 
 def module_b(widths: Widths) -> Layer:
-    """The branches of figures 11 and 17, 17x17."""
+    """The branches of figures 11 and 17, at 17x17."""
     (c1,), (r7, m7, c7) = widths
     return concat(branch1=conv_norm(c1, 1), branch7=chain((r7, 1), (m7, ROW), (c7, COLUMN)))
 
@@ -86,7 +86,7 @@ def reduction_b(widths: Widths) -> Layer:
 
 
 def module_c(widths: Widths) -> Layer:
-    """The branches of figures 13 and 19, 8x8."""
+    """The branches of figures 13 and 19, at 8x8."""
     (c1,), (r3, m3, c3) = widths
     return concat(branch1=conv_norm(c1, 1), branch3=chain((r3, 1), (m3, SHORT_ROW), (c3, SHORT_COLUMN)))
 
@@ -102,7 +102,7 @@ def stages(
     depths: Sequence[int],
     scales: Sequence[float],
 ) -> dict[str, Layer]:
-    """The three sizes of images in figure 15; a reduction adds its branches' channels to the ``width`` it is given."""
+    """The three resolutions of figure 15; each reduction adds its branches' channels to the width of its input."""
     width_b = width + sum(branch[-1] for branch in between_ab)
     width_c = width_b + sum(branch[-1] for branch in between_bc)
     depth_a, depth_b, depth_c = depths
@@ -119,7 +119,7 @@ def stages(
 
 
 def to_71() -> Layer:
-    """The beginning of figure 14, which is also that of Inception v3: to 71x71 with 192 channels."""
+    """The beginning of figure 14, also that of Inception v3: to 71x71 pixels with 192 channels."""
     return serial(
         conv1=conv_norm(32, 3, 2, 0), conv2=conv_norm(32, 3, 1, 0), conv3=conv_norm(64, 3), pool1=max_pool(3, 2),
         reduce=conv_norm(80, 1), conv4=conv_norm(192, 3, 1, 0),
@@ -137,9 +137,9 @@ def inception_resnet_v1(
     """Figures 10 to 15 of the paper; the embedding is a stage.
 
     Args:
-        depths: modules A, B and C.
-        scales: of their branches, but the last one's.
-        embedding: the numbers that an image becomes before the head.
+        depths: number of modules A, B and C.
+        scales: factor for the branches of modules A, B and C, except the last module's.
+        embedding: size of the embedding, which is the head's input.
         num_classes: outputs of the head.
         dropout: rate before the embedding.
     """
@@ -168,8 +168,8 @@ def inception_resnet_v2(
     """Figures 15 to 19 of the paper; the last 1x1 convolution is a stage.
 
     Args:
-        depths: modules A, B and C.
-        scales: of their branches, but the last one's.
+        depths: number of modules A, B and C.
+        scales: factor for the branches of modules A, B and C, except the last module's.
         num_classes: outputs of the head.
         dropout: rate before the head.
     """

@@ -1,12 +1,12 @@
-"""Inception v3: large kernels taken apart, into small ones and into rows and columns.
+"""Inception v3: large kernels factorised into small ones, and into rows and columns.
 
     Szegedy, Vanhoucke, Ioffe, Shlens, Wojna. Rethinking the Inception Architecture for Computer Vision. CVPR 2016,
     arXiv:1512.00567.
 
-Deviations from the paper, torchvision's, which follow the published TensorFlow weights: the number of filters; one
-auxiliary head; zeros of the padding count in the average pools. torchvision means to draw the auxiliary head's
-convolution with deviation 0.01 but draws it with 0.1, as all others; so it is here. A stage ends where the image
-shrinks or the auxiliary head taps: 5b-5d (35x35), 6a-6e (17x17), 7a-7c (8x8).
+Deviations from the paper, as in torchvision, which follows the published TensorFlow weights: the numbers of filters;
+one auxiliary head; the average pools count the zeros of the padding. torchvision's code sets a deviation of 0.01 for
+the auxiliary head's convolution, but draws it with 0.1 like all others; so does this one. A stage ends where the image
+shrinks or the auxiliary head branches off: 5b-5d (35x35), 6a-6e (17x17), 7a-7c (8x8).
 """
 
 from collections.abc import Callable
@@ -41,7 +41,7 @@ ROW, COLUMN = (1, 7), (7, 1)
 
 
 def conv_norm(width: int, kernel: Pair, stride: int = 1, padding: Pair | None = None) -> Layer:
-    """Convolution, batch normalisation, rectifier."""
+    """Convolution, batch normalisation, ReLU."""
     norm = batch_norm(eps=1e-3)
     return layers.conv_norm(width, kernel, stride, padding, init=truncated_normal(0.1), norm=norm)
 
@@ -49,12 +49,12 @@ def conv_norm(width: int, kernel: Pair, stride: int = 1, padding: Pair | None = 
 def chain(
     *steps: tuple[int, Pair], stride: int = 1, padding: Pair | None = None, unit: Callable[..., Layer] = conv_norm
 ) -> Layer:
-    """Convolutions in a row, each given by its width and kernel; stride and padding are the last one's.
+    """A chain of convolutions.
 
     Args:
         steps: width and kernel of each convolution.
-        stride, padding: of the last one.
-        unit: ``unit(width, kernel, stride, padding)`` is a convolution with what belongs to it.
+        stride, padding: stride and padding of the last convolution.
+        unit: ``unit(width, kernel, stride, padding)`` builds a convolution with its normalisation and activation.
     """
     *inner, (width, kernel) = steps
     return numbered(*(unit(width, kernel) for width, kernel in inner), unit(width, kernel, stride, padding))
@@ -64,12 +64,12 @@ shrinking = partial(chain, stride=2, padding=0)
 
 
 def pool_branch(width: int) -> Layer:
-    """The mean of 3x3, then 1x1."""
+    """3x3 average pooling, then 1x1."""
     return serial(avg_pool(3, 1, 1), project=conv_norm(width, 1))
 
 
 def module_a(pool: int) -> Layer:
-    """Figure 5: 5x5 as two 3x3 (though one 5x5 stays)."""
+    """Figure 5: two 3x3 convolutions instead of a 5x5 (though one 5x5 remains)."""
     return concat(
         branch1=conv_norm(64, 1),
         branch5=chain((48, 1), (64, 5)),
@@ -88,7 +88,7 @@ def module_b() -> Layer:
 
 
 def module_c(width: int) -> Layer:
-    """Figure 6: 7x7 as a row and a column."""
+    """Figure 6: 7x7 convolutions factorised into a row and a column."""
     return concat(
         branch1=conv_norm(192, 1),
         branch7=chain((width, 1), (width, ROW), (192, COLUMN)),
@@ -107,7 +107,7 @@ def module_d() -> Layer:
 
 
 def module_e() -> Layer:
-    """Figure 7: a row and a column side by side."""
+    """Figure 7: a row and a column in parallel."""
 
     def cross() -> Layer:
         return concat(row=conv_norm(384, (1, 3)), column=conv_norm(384, (3, 1)))
@@ -127,9 +127,9 @@ def inception_v3(
 
     Args:
         num_classes: outputs of the head and the auxiliary head.
-        aux_logits: have the auxiliary head; then training gives `purecnn.Outputs`.
-        transform_input: the images are normalised by ImageNet's mean and deviation, but the weights want 0.5
-            and 0.5 (as torchvision's published weights do): convert.
+        aux_logits: add the auxiliary head; then training returns `purecnn.Outputs`.
+        transform_input: convert images normalised by ImageNet's mean and deviation to normalisation by 0.5 and 0.5,
+            which torchvision's published weights expect.
         dropout: rate before the head.
     """
     head = truncated_normal(0.1)

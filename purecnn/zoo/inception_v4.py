@@ -1,13 +1,13 @@
-"""Inception v4: the Inception modules in one uniform plan, free of the old limits of distributed training.
+"""Inception v4: a more uniform Inception network, freed from earlier constraints of distributed training.
 
     Szegedy, Ioffe, Vanhoucke, Alemi. Inception-v4, Inception-ResNet and the Impact of Residual Connections on
     Learning. AAAI 2017, arXiv:1602.07261.
 
-The paper asks whether residual connections help an Inception network. This is the one without them; those with them
-are in `purecnn.zoo.inception_resnet`. New here: a stem that already splits and joins, and one module for each size of
-image. Zeros of the padding do not count in the average pools. A stage begins where the image shrinks: 4 A (35x35),
-7 B (17x17), 3 C (8x8). The paper does not say how it draws the weights; so it is done as in its authors' code,
-TensorFlow-Slim.
+The paper asks whether residual connections help an Inception network. This is the network without them; those with
+them are in `purecnn.zoo.inception_resnet`. New here: a stem that already has parallel branches, and a single kind of
+module for each resolution. The average pools do not count the zeros of the padding. A stage begins where the image
+shrinks: 4 A (35x35), 7 B (17x17), 3 C (8x8). The paper does not specify the initialisation; here it follows the
+authors' code, TensorFlow-Slim.
 """
 
 from collections.abc import Sequence
@@ -41,22 +41,22 @@ mean_pool = stateless(lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False
 
 
 def conv_norm(width: int, kernel: Pair, stride: int = 1, padding: Pair | None = None) -> Layer:
-    """Convolution, batch normalisation, rectifier."""
+    """Convolution, batch normalisation, ReLU."""
     return layers.conv_norm(width, kernel, stride, padding, init=he, norm=batch_norm(eps=1e-3))
 
 
 chain = partial(inception_v3.chain, unit=conv_norm)
 shrinking = partial(chain, stride=2, padding=0)
-"""The last convolution has no padding: "V" in the figures."""
+"""A chain whose last convolution has stride 2 and no padding ("V" in the figures)."""
 
 
 def pool_branch(width: int) -> Layer:
-    """The mean of 3x3, then 1x1."""
+    """3x3 average pooling, then 1x1."""
     return serial(mean_pool, project=conv_norm(width, 1))
 
 
 def stem() -> Layer:
-    """Figure 3: to 35x35 with 384 channels; three times two ways lead on side by side."""
+    """Figure 3: to 35x35 pixels with 384 channels; it splits into two parallel branches three times."""
     return serial(
         conv1=conv_norm(32, 3, 2, 0), conv2=conv_norm(32, 3, 1, 0), conv3=conv_norm(64, 3),
         split1=concat(pool=max_pool(3, 2), branch3=conv_norm(96, 3, 2, 0)),
@@ -69,7 +69,7 @@ def stem() -> Layer:
 
 
 def module_a() -> Layer:
-    """Figure 4, 35x35."""
+    """Figure 4, at 35x35."""
     return concat(
         branch1=conv_norm(96, 1),
         branch3=chain((64, 1), (96, 3)),
@@ -88,7 +88,7 @@ def reduction_a() -> Layer:
 
 
 def module_b() -> Layer:
-    """Figure 5, 17x17."""
+    """Figure 5, at 17x17."""
     return concat(
         branch1=conv_norm(384, 1),
         branch7=chain((192, 1), (224, ROW), (256, COLUMN)),
@@ -107,7 +107,7 @@ def reduction_b() -> Layer:
 
 
 def module_c() -> Layer:
-    """Figure 6, 8x8: a row and a column side by side."""
+    """Figure 6, at 8x8: a row and a column in parallel."""
 
     def cross() -> Layer:
         return concat(row=conv_norm(256, SHORT_ROW), column=conv_norm(256, SHORT_COLUMN))
@@ -127,7 +127,7 @@ def inception_v4(*, depths: Sequence[int] = (4, 7, 3), num_classes: int = 1000, 
     """Figure 9 of the paper.
 
     Args:
-        depths: modules A, B and C.
+        depths: number of modules A, B and C.
         num_classes: outputs of the head.
         dropout: rate before the head.
     """

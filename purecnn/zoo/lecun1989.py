@@ -3,16 +3,17 @@
     LeCun, Boser, Denker, Henderson, Howard, Hubbard, Jackel. Backpropagation Applied to Handwritten Zip Code
     Recognition. Neural Computation 1(4), 1989, doi:10.1162/neco.1989.1.4.541.
 
-What it added: the shared weights of a feature map are learnt, all the way from pixels to classes. For images of 16x16
-pixels, one channel, with -1 for the background and 1 for ink. Weights are shared, biases are not: each unit has its
-own. 9,760 parameters: 1,068 in H1, 2,592 in H2, 5,790 in H3, 310 at the end.
+What it added: the shared weights of feature maps are learned, end to end from pixels to classes. Images have 16x16
+pixels and one channel, with -1 for the background and 1 for ink. Weights are shared, biases are not: each unit has its
+own. 9,760 parameters: 1,068 in H1, 2,592 in H2, 5,790 in H3, 310 in the output layer.
 
-The output is a hyperbolic tangent and wants `squared_error`, not cross-entropy; its largest value is the class.
+The output is a hyperbolic tangent, so the loss is `squared_error`, not cross-entropy; the predicted class is that of
+the largest output.
 
-Deviations from the paper: it scales its hyperbolic tangent without saying how, here it is plain; and it does not say
+Deviations from the paper: it scales its hyperbolic tangent without saying how; here it is not scaled. It does not say
 which eight of H1's twelve maps each map of H2 sees, so the scheme is that of Karpathy's reproduction
-(github.com/karpathy/lecun1989-repro). That reproduction draws the weights wider, by the root of the fan-in; here they
-are drawn as the paper says, and the biases, which it counts among the connections, likewise.
+(github.com/karpathy/lecun1989-repro). That reproduction draws the weights from a range that is wider by the square root
+of the fan-in; here they are drawn as in the paper, and so are the biases, which the paper counts among the connections.
 """
 
 import torch
@@ -36,7 +37,7 @@ PAPER = Paper(
 
 
 def by_fan_in(fan_in: int | None = None) -> Initializer:
-    """Uniform on ``+-2.4 / n``, where n counts the connections that a unit has; None takes it from a weight's shape."""
+    """Uniform on ``+-2.4 / n``, where n is a unit's number of inputs; None takes n from the weight's shape."""
 
     def init(key: Tensor, shape: tuple[int, ...], /, dtype: torch.dtype = torch.float32) -> Tensor:
         bound = 2.4 / (fans(shape)[0] if fan_in is None else fan_in)
@@ -51,11 +52,11 @@ background = stateless(lambda x: F.pad(x, (2, 2, 2, 2), value=-1.0))
 """Two pixels of background on each side."""
 
 wiring = stateless(lambda x: torch.cat([x[:, :8], x[:, 4:], x[:, :4], x[:, 8:]], 1))
-"""From H1's twelve maps, what the three groups of H2's maps see: eight maps each."""
+"""The maps of H1 that each of the three groups of H2's maps sees: eight of twelve."""
 
 
 def shared(maps: int, groups: int = 1) -> Layer:
-    """5x5 convolution with stride two: weights are shared over the image, but each unit has a bias of its own."""
+    """5x5 convolution with stride two: weights are shared over the image, but each unit has its own bias."""
 
     def leaves(x: Tensor) -> Leaves:
         height, width = ((side - 5) // 2 + 1 for side in x.shape[2:])
@@ -70,7 +71,7 @@ def shared(maps: int, groups: int = 1) -> Layer:
 
 
 def connected(units: int) -> Layer:
-    """Each unit sees all inputs."""
+    """A fully-connected layer: each unit sees all inputs."""
 
     def leaves(x: Tensor) -> Leaves:
         init = by_fan_in(x.shape[1])
@@ -93,7 +94,7 @@ def lecun1989(*, num_classes: int = 10) -> Layer:
 
 
 def squared_error(outputs: Tensor, labels: Tensor) -> Tensor:
-    """The paper's loss: mean squared distance from 1 at the label's unit, and from -1 at all others.
+    """The paper's loss: the mean squared error, with target 1 for the label's unit and -1 for all others.
 
     >>> squared_error(torch.tensor([[1.0, -1.0], [1.0, -1.0]]), torch.tensor([0, 1]))
     tensor(2.)
@@ -104,7 +105,7 @@ def squared_error(outputs: Tensor, labels: Tensor) -> Tensor:
 
 
 def certainty(outputs: Tensor) -> Tensor:
-    """Outputs between their targets, -1 and 1, as numbers between 0 and 1.
+    """Maps outputs from the range of the targets, -1 to 1, to the range 0 to 1.
 
     >>> certainty(torch.tensor([[-1.0, 0.0, 1.0, 1.7]]))
     tensor([[0.0000, 0.5000, 1.0000, 1.0000]])

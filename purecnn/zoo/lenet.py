@@ -1,11 +1,11 @@
-"""LeNet-5 as it is taught today: rectifiers and max pooling in the layout of 1998.
+"""LeNet-5 as it is taught today: ReLU and max pooling in the layout of 1998.
 
     LeCun, Bottou, Bengio, Haffner. Gradient-Based Learning Applied to Document Recognition. Proceedings of the
     IEEE 86(11), 1998, doi:10.1109/5.726791.
 
-Deviations from the paper: rectifiers for the scaled hyperbolic tangent, max pooling for trainable subsampling,
-every map of the second convolution sees all maps of the first, and the output is linear instead of radial
-basis functions. 61,706 parameters for one channel, 62,006 for three.
+Deviations from the paper: ReLU instead of the scaled hyperbolic tangent, max pooling instead of trainable
+subsampling, every map of the second convolution sees all maps of the first, and the output is linear instead of
+radial basis functions. 61,706 parameters for one channel, 62,006 for three.
 """
 
 from purecnn.initializers import Initializer, fans, uniform
@@ -24,7 +24,7 @@ PAPER = Paper(
 
 
 def lenet5(*, num_classes: int = 10) -> Layer:
-    """Figure 2 of the paper: C1-S2 are the stem, C3-S4 the first stage, C5-F6 the second."""
+    """Figure 2 of the paper: C1 and S2 are the stem, C3 and S4 the first stage, C5 and F6 the second."""
     return serial(
         stem=serial(conv=conv(6, 5, padding=0, bias=True), relu=relu, pool=max_pool(2, 2)),
         stage1=serial(conv=conv(16, 5, padding=0, bias=True), relu=relu, pool=max_pool(2, 2)),
@@ -34,7 +34,7 @@ def lenet5(*, num_classes: int = 10) -> Layer:
 
 
 def paper_law(path: str, shape: tuple[int, ...]) -> Initializer | float | None:
-    """Appendix A of the paper: uniform on ``+-2.4 / fan_in``; biases start at zero here."""
+    """Appendix A of the paper: uniform on ``+-2.4 / fan_in``; here, biases start at zero."""
     if len(shape) == 1:
         return 0.0
     bound = 2.4 / fans(shape)[0]

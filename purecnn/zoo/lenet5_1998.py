@@ -1,17 +1,19 @@
-"""LeNet-5 as it was in 1998, for images of 32x32 pixels with one channel.
+"""LeNet-5 as published in 1998, for images of 32x32 pixels with one channel.
 
     LeCun, Bottou, Bengio, Haffner. Gradient-Based Learning Applied to Document Recognition. Proceedings of the
     IEEE 86(11), 1998, doi:10.1109/5.726791.
 
-What it added: subsampling between the convolutions, and a loss that lets the classes compete. Background is -0.1 and
-ink 1.175, so that pixels have about mean 0 and variance 1. `purecnn.zoo.lenet` is the network as it is taught today.
+What it added: subsampling between the convolutions, and a loss that makes the classes compete. The background is -0.1
+and ink is 1.175, so that pixels have a mean of about 0 and a variance of about 1. `purecnn.zoo.lenet` is the network as
+it is taught today.
 
 60,000 trainable parameters: C1 156, S2 12, C3 1,516, S4 32, C5 48,120, F6 10,164. The output units compare F6 with a
-drawing of each class. The drawings are constants, so F6 is the last layer that learns, and stands in the head. The
-output is minus the distance from each drawing, so its largest value is the class; `competitive` is the loss.
+drawing of each class. The drawings are constants, so F6 is the last layer with parameters, and it is part of the head.
+The output is minus the squared distance from each drawing, so the predicted class is that of the largest output;
+`competitive` is the loss.
 
-Deviations from the paper: the drawings of the digits are our own; there are no other characters than digits. Biases
-start at zero.
+Deviations from the paper: the drawings of the digits are our own, and there are drawings of digits only, not of other
+characters. Biases start at zero.
 """
 
 from collections.abc import Sequence
@@ -46,18 +48,18 @@ DIGITS = """
 """A drawing of 7x12 pixels for each class."""
 
 CODES = ["".join(rows) for rows in zip(*(line.split() for line in DIGITS.strip().splitlines()), strict=True)]
-"""Each drawing row by row: what the units of F6 are compared with, 1 for a ``#`` and -1 elsewhere."""
+"""Each drawing as one string, row by row: the target values of F6's units, 1 for ``#`` and -1 for ``.``."""
 
 HALF = len(CODES[0]) // 2
 WORDS = [int(code[i : i + HALF].replace("#", "1").replace(".", "0"), 2) for code in CODES for i in (0, HALF)]
-"""The halves of the drawings as whole numbers, whose digits to base two are pixels; all 84 do not fit into one."""
+"""Each half of a drawing as an integer whose bits are the pixels; one integer cannot hold all 84."""
 
 squash = stateless(lambda x: 1.7159 * torch.tanh(x * (2 / 3)))
-"""Appendix A: goes through (1, 1) and (-1, -1), where it bends most."""
+"""Appendix A: goes through (1, 1) and (-1, -1), where it bends most (its second derivative peaks)."""
 
 
 def subsampling() -> Layer:
-    """Layers S2 and S4: the sum of 2x2 pixels times a coefficient plus a bias, both of the map."""
+    """Layers S2 and S4: the sum of 2x2 pixels times a coefficient plus a bias, one of each for every map."""
 
     def leaves(x: Tensor) -> Leaves:
         shape = (x.shape[1],)
@@ -76,7 +78,7 @@ def convolution(maps: int, groups: int = 1) -> Layer:
 
 
 def wired(rows: Sequence[Sequence[int]]) -> Layer:
-    """One map for each row, which sees the maps that the row lists; all rows are of one length."""
+    """One output map for each row; it sees the input maps listed in the row. All rows have the same length."""
     wires = [i for row in rows for i in row]
     return serial(
         stateless(lambda x: torch.cat([x[:, i : i + 1] for i in wires], 1)), convolution(len(rows), len(rows))
@@ -84,16 +86,16 @@ def wired(rows: Sequence[Sequence[int]]) -> Layer:
 
 
 def c3() -> Layer:
-    """Table 1: no map sees all of S2's but the last, which breaks the symmetry between them."""
+    """Table 1: except for the last, each map sees only some of S2's maps, which breaks the symmetry between maps."""
     three = [sorted((i + j) % 6 for j in range(3)) for i in range(6)]
     four = [sorted((i + j) % 6 for j in range(4)) for i in range(6)] + [[0, 1, 3, 4], [1, 2, 4, 5], [0, 2, 3, 5]]
     return concat(three=wired(three), four=wired(four), all=convolution(1))
 
 
 def drawings(num_classes: int, like: Tensor) -> Tensor:
-    """The codes as numbers (classes, units), of another tensor's type and device.
+    """The codes as a tensor (classes, units), with the dtype and device of ``like``.
 
-    Made where they are needed: a tensor of a list would be brought there from the host at every call.
+    They are computed on that device, because a tensor made from a list would be copied there at every call.
     """
     words = torch.cat([torch.full((1, 1), word, device=like.device) for word in WORDS[: 2 * num_classes]])
     places = 2 ** torch.arange(HALF - 1, -1, -1, device=like.device)
@@ -102,7 +104,7 @@ def drawings(num_classes: int, like: Tensor) -> Tensor:
 
 
 def radial_basis(num_classes: int) -> Layer:
-    """Section II-B: minus the squared distance from the drawing of each class."""
+    """Section II-B: minus the squared distance from each class's drawing."""
 
     def distances(x: Tensor) -> Tensor:
         codes = drawings(num_classes, x)
@@ -112,13 +114,13 @@ def radial_basis(num_classes: int) -> Layer:
 
 
 def lenet5_1998(*, num_classes: int = 10) -> Layer:
-    """Figure 2 of the paper: C1-S2 are the stem, C3-S4 and C5 are stages.
+    """Figure 2 of the paper: C1 and S2 are the stem, C3 and S4 the first stage, C5 the second.
 
     Args:
-        num_classes: output units, at most ten: the first so many digits.
+        num_classes: output units, 1 to 10; the classes are the first ``num_classes`` digits.
 
     Raises:
-        ValueError: for none or more than there are drawings.
+        ValueError: if ``num_classes`` is not between 1 and the number of drawings.
     """
     if not 1 <= num_classes <= len(CODES):
         raise ValueError(f"there are drawings for 1 to {len(CODES)} classes, found num_classes={num_classes}")
@@ -135,10 +137,10 @@ def lenet5_1998(*, num_classes: int = 10) -> Layer:
 
 
 def competitive(logits: Tensor, labels: Tensor, j: float = 1.0) -> Tensor:
-    """Equation 9: the label's distance, and a competition that pushes the other classes away.
+    """Equation 9: the label's distance, plus a competition term that pushes the other classes away.
 
-    ``mean(y[label] + log(exp(-j) + sum_i exp(-y[i])))`` with the distances ``y = -logits``. The paper says no more of
-    j than that it is positive: it keeps classes that are already far from being pushed further.
+    ``mean(y[label] + log(exp(-j) + sum_i exp(-y[i])))`` with the distances ``y = -logits``. The paper
+    says only that j is positive; j keeps classes that are already far away from being pushed further.
     """
     own = logits.gather(-1, labels[..., None])
     others = torch.cat([torch.full_like(own, -j), logits], -1)

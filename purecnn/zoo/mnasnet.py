@@ -3,10 +3,10 @@
     Tan, Chen, Pang, Vasudevan, Sandler, Howard, Le. MnasNet: Platform-Aware Neural Architecture Search for Mobile.
     CVPR 2019, arXiv:1807.11626.
 
-This is MnasNet-B1, without squeeze-and-excitation, as torchvision has it. Deviations from the paper, torchvision's: the
-momentum of batch normalisation is 0.0003, where the paper and its authors' code have 0.01 (0.99 in their way of
-counting), and its eps PyTorch's, where that code has 0.001; the last convolution keeps its 1280 channels at every
-width; and the head is drawn by a uniform rule.
+This is MnasNet-B1, without squeeze-and-excitation, as in torchvision. Deviations from the paper, as in torchvision: the
+momentum of batch normalisation is 0.0003 (0.01 in the paper and its authors' code, written there as 0.99), and its eps
+is PyTorch's default (0.001 in that code); the last convolution keeps its 1280 channels at every width; and the head's
+weights are drawn from a uniform distribution.
 """
 
 from purecnn import layers
@@ -29,10 +29,10 @@ STAGES = ((3, 3, 24, 3, 2), (3, 5, 40, 3, 2), (6, 5, 80, 3, 2), (6, 3, 96, 2, 1)
 
 
 def mnasnet(*, width: float = 1.0, num_classes: int = 1000, dropout: float = 0.2) -> Layer:
-    """Figure 7 of the paper, without squeeze-and-excitation: a separable convolution, then six stages of the search.
+    """Figure 7 of the paper, without squeeze-and-excitation: a separable convolution, then six searched stages.
 
     Args:
-        width: factor on all channels but the last convolution's.
+        width: factor for all channels except those of the last convolution.
         num_classes: outputs of the head.
         dropout: rate before the head.
     """

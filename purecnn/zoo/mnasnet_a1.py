@@ -1,11 +1,11 @@
-"""MnasNet-A1: the network that the search found when it could also choose squeeze-and-excitation.
+"""MnasNet-A1: the network found when the search could also choose squeeze-and-excitation.
 
     Tan, Chen, Pang, Vasudevan, Sandler, Howard, Le. MnasNet: Platform-Aware Neural Architecture Search for Mobile.
     CVPR 2019, arXiv:1807.11626.
 
-`purecnn.zoo.mnasnet` has B1, without it. Excitation stands in three of the seven stages, and squeezes to a quarter of
-the block's *input* channels; kernels, expansions and depths differ from stage to stage, as the search decided.
-Deviations from the paper as in B1: He's initialisation, and momentum and eps of batch normalisation.
+`purecnn.zoo.mnasnet` has B1, without it. Squeeze-and-excitation is used in three of the seven stages and squeezes to a
+quarter of the block's *input* channels; kernels, expansions and depths differ between stages, as the search chose them.
+Deviations from the paper, as in B1: He initialisation, and momentum and eps of batch normalisation.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from purecnn.zoo.mnasnet import PAPER
 from purecnn.zoo.mobilenet_v2 import divisible, he, inverted_residual
 
 Stage = tuple[int, int, int, int, int, bool]
-"""Expansion, kernel, channels, number of blocks, first stride, and whether squeeze-and-excitation stands in them."""
+"""Expansion, kernel, channels, number of blocks, first stride, and whether blocks have squeeze-and-excitation."""
 
 A1: Sequence[Stage] = (
     (6, 3, 24, 2, 2, False), (3, 5, 40, 3, 2, True), (6, 3, 80, 4, 2, False),
@@ -30,11 +30,11 @@ A1: Sequence[Stage] = (
 def mnasnet_a1(
     *, stages: Sequence[Stage] = A1, width: float = 1.0, num_classes: int = 1000, dropout: float = 0.2
 ) -> Layer:
-    """Figure 7 of the paper: a separable convolution, then six stages of the search; the last 1x1 is a stage.
+    """Figure 7 of the paper: a separable convolution, then six searched stages; the last 1x1 is a stage.
 
     Args:
         stages: see `Stage`.
-        width: factor on all channels but the last convolution's.
+        width: factor for all channels except those of the last convolution.
         num_classes: outputs of the head.
         dropout: rate before the head.
     """

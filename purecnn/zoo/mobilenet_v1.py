@@ -3,9 +3,9 @@
     Howard, Zhu, Chen, Kalenichenko, Wang, Weyand, Andreetto, Adam. MobileNets: Efficient Convolutional Neural Networks
     for Mobile Vision Applications. arXiv:1704.04861, 2017.
 
-A 3x3 convolution costs eight to nine times what its depthwise and its 1x1 part cost together; two factors, on the
-width and on the size of the image, trade accuracy for time. Unlike in Xception, both parts are normalised and
-rectified. Deviation: He's initialisation, which the paper leaves open.
+A 3x3 convolution costs eight to nine times as much as its depthwise and 1x1 parts together. Two factors, for the width
+and for the image size, trade accuracy for speed. Unlike in Xception, both parts are followed by normalisation and ReLU.
+The paper does not specify the initialisation; here it is He initialisation.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ PAPER = Paper(
 
 
 def separable(inputs: int, width: int, stride: int) -> Layer:
-    """Figure 3, right: a 3x3 convolution of each channel by itself, then 1x1."""
+    """Figure 3, right: a depthwise 3x3 convolution, then 1x1."""
     return serial(
         depthwise=conv_norm(inputs, 3, stride, groups=inputs, init=he), pointwise=conv_norm(width, 1, init=he)
     )
@@ -43,8 +43,8 @@ def mobilenet_v1(
 
     Args:
         widths: channels of each stage.
-        depths: blocks of each stage; all stages but the first begin with stride 2.
-        width: factor on all channels, the paper's alpha.
+        depths: blocks of each stage; all stages except the first begin with stride 2.
+        width: factor for all channels, the paper's alpha.
         num_classes: outputs of the head.
     """
     inputs = max(8, int(32 * width))

@@ -1,10 +1,10 @@
-"""MobileNet v2: residual blocks that are thin at the ends and wide in the middle.
+"""MobileNet v2: residual blocks that are narrow at the ends and wide in the middle.
 
     Sandler, Howard, Zhu, Zhmoginov, Chen. MobileNetV2: Inverted Residuals and Linear Bottlenecks. CVPR 2018,
     arXiv:1801.04381.
 
-The block of this paper, its 3x3 convolution depthwise and its last one without activation, is also that of MnasNet,
-MobileNet v3 and EfficientNet. Deviation from the paper, torchvision's: He's initialisation.
+The block of this paper has a depthwise 3x3 convolution and no activation after its last convolution. MnasNet, MobileNet
+v3 and EfficientNet use it too. Deviation from the paper, as in torchvision: He initialisation.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ he = kaiming_normal("fan_out")
 
 
 def divisible(width: float, divisor: int = 8) -> int:
-    """The multiple of ``divisor`` nearest to a width, but not more than a tenth below it.
+    """The multiple of ``divisor`` nearest to a width, but at most a tenth below it.
 
     >>> divisible(83), divisible(84.0), divisible(3)
     (80, 88, 8)
@@ -48,17 +48,17 @@ def inverted_residual(
     gate: Layer | None = None,
     drop: float = 0.0,
 ) -> Layer:
-    """Figure 4d: 1x1 to ``expanded`` channels, depthwise convolution, 1x1 to ``width`` without activation.
+    """Figure 4d: 1x1 to ``expanded`` channels, depthwise convolution, 1x1 to ``width`` channels without activation.
 
     Args:
-        inputs: channels that come in; if they are also those that go out, and the size stays, a shortcut is added.
-        width: channels that go out.
-        kernel: side of the depthwise kernel, pixels.
-        stride: of the depthwise convolution.
-        expanded: channels in between; if they are ``inputs``, the first convolution is left out.
+        inputs: input channels; if they equal ``width`` and the stride is 1, there is a residual connection.
+        width: output channels.
+        kernel: kernel size of the depthwise convolution, pixels.
+        stride: stride of the depthwise convolution.
+        expanded: channels in between; if they equal ``inputs``, the first convolution is left out.
         norm: normalisation after each convolution.
         act: activation after the first two.
-        gate: stands before the last convolution, such as `purecnn.layers.squeeze_excitation`.
+        gate: a layer before the last convolution, such as `purecnn.layers.squeeze_excitation`.
         drop: rate of stochastic depth.
     """
     steps: dict[str, Layer] = {}
@@ -83,8 +83,8 @@ def mobilenet_v2(
     """Table 2 of the paper; the last 1x1 convolution is a stage.
 
     Args:
-        stages: expansion, channels, blocks and first stride of each, the paper's t, c, n and s.
-        width: factor on all channels (but the last convolution's have at least 1280).
+        stages: expansion, channels, number of blocks and first stride of each stage, the paper's t, c, n and s.
+        width: factor for all channels (but the last convolution has at least 1280).
         num_classes: outputs of the head.
         dropout: rate before the head.
     """

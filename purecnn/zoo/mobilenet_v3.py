@@ -1,10 +1,10 @@
-"""MobileNet v3: a searched network, then trimmed by hand, with a cheap swish.
+"""MobileNet v3: a searched network, trimmed by hand, with a cheaper swish activation.
 
     Howard, Sandler, Chu, Chen, Chen, Tan, Wang, Zhu, Pang, Vasudevan, Le, Adam. Searching for MobileNetV3. ICCV 2019,
     arXiv:1905.02244.
 
-Deviations from the paper, torchvision's: batch normalisation has eps 1e-3 and momentum 0.01; squeeze-and-excitation
-squeezes to a quarter of the expanded channels, rounded to a multiple of 8; He's initialisation.
+Deviations from the paper, as in torchvision: batch normalisation has eps 1e-3 and momentum 0.01; squeeze-and-excitation
+squeezes to a quarter of the expanded channels, rounded to a multiple of 8; He initialisation.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ PAPER = Paper(
 )
 
 Block = tuple[int, int, int, bool, str, int]
-"""Kernel, expanded channels, channels, squeeze-and-excitation, nonlinearity, stride: a row of tables 1 and 2."""
+"""Kernel, expanded and output channels, squeeze-and-excitation, nonlinearity, stride: a row of tables 1 and 2."""
 
 LARGE: Sequence[Sequence[Block]] = (
     ((3, 16, 16, False, "RE", 1),),
@@ -56,12 +56,12 @@ def mobilenet_v3(
     num_classes: int = 1000,
     dropout: float = 0.2,
 ) -> Layer:
-    """Tables 1 and 2 of the paper; a stage ends where the image shrinks.
+    """Tables 1 and 2 of the paper; a new stage begins where the image shrinks.
 
     Args:
-        stages: the blocks of each.
-        hidden: outputs of the last stage, which convolves 1x1, pools, and ends in a fully-connected layer.
-        width: factor on all channels.
+        stages: the blocks of each stage.
+        hidden: outputs of the last stage: a 1x1 convolution, a global pool and a fully-connected layer.
+        width: factor for all channels.
         num_classes: outputs of the head.
         dropout: rate before the head.
     """

@@ -1,18 +1,19 @@
-"""NASNet-A: two small cells found by a search on CIFAR-10, and a large network made of them.
+"""NASNet-A: two small cells found by a search on CIFAR-10, and a large network built from them.
 
     Zoph, Vasudevan, Shlens, Le. Learning Transferable Architectures for Scalable Image Recognition. CVPR 2018,
     arXiv:1707.07012.
 
-A cell sees the outputs of the two cells before it. Five times it takes two of what there is so far, applies an
-operation to each and adds; then results are joined. The search chooses the operations alone, so what it finds can be
-repeated at will, in any width: a normal cell keeps the size of the image, a reduction cell halves it.
+A cell takes the outputs of the two cells before it. Five times, it chooses two of the states available so far, applies
+an operation to each and adds the results as a new state; then states are concatenated. The search chooses only the
+operations and their inputs, so the cells can be repeated any number of times, at any width. A normal cell keeps the
+image size, a reduction cell halves it.
 
-Here a cell is a layer on a tuple that grows. A stage begins with its reduction; the first has two of them, because the
-stem is the first convolution alone. As the next cell needs two inputs, a stage gives the outputs of its last two cells,
-joined along the channels.
+Here a cell is a layer on a growing tuple of states. A stage begins with its reduction cell; the first stage has two of
+them, because the stem is only the first convolution. As the next cell needs two inputs, a stage returns the outputs of
+its last two cells, concatenated along the channels.
 
-Deviations from the paper, those of the published weights: no auxiliary head, and branches are not dropped. As in
-TensorFlow, an image of even size is padded more behind than before, and padding does not count in average pools.
+Deviations from the paper, those of the published weights: no auxiliary head, and no drop-path. As in TensorFlow, images
+of even size get more padding at the bottom and right than at the top and left, and average pools do not count padding.
 """
 
 from collections.abc import Callable, Sequence
@@ -53,7 +54,7 @@ PAPER = Paper(
 he = kaiming_uniform("fan_in")
 
 Operation = Callable[[int, int], Layer]
-"""From a width and a stride to a layer."""
+"""``operation(width, stride) -> layer``."""
 
 
 class Block(NamedTuple):
@@ -66,11 +67,11 @@ class Block(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """States 0 and 1 are the outputs of the cell before the last one and of the last one, in the cell's width."""
+    """States 0 and 1 are the outputs of the two previous cells, the older one first, brought to this cell's width."""
 
     blocks: Sequence[Block]
     joined: Sequence[int]
-    """The states that are the cell's output."""
+    """The states that are concatenated to the cell's output."""
 
 
 def norm() -> Layer:
@@ -79,10 +80,10 @@ def norm() -> Layer:
 
 
 def same(layer: Layer, stride: int) -> Layer:
-    """A layer of odd kernel and symmetric padding, with TensorFlow's padding instead.
+    """Gives a layer with an odd kernel and symmetric padding TensorFlow's padding instead.
 
-    On an image of even size the windows of stride 2 begin one pixel later. So the image gets a row and a column in
-    front, and the output loses its first.
+    With that padding, on an image of even size, the windows of stride 2 begin one pixel later. So a row and a column
+    are added at the top and left of the image, and the first row and column of the output are removed.
     """
     if stride == 1:
         return layer
@@ -96,7 +97,7 @@ def same(layer: Layer, stride: int) -> Layer:
 
 
 def depthwise(kernel: int, stride: int) -> Layer:
-    """A convolution of each channel by itself."""
+    """A depthwise convolution."""
 
     def leaves(x: Tensor) -> Leaves:
         return {"weight": Leaf((x.shape[1], 1, kernel, kernel), he)}, {}
@@ -109,7 +110,7 @@ def depthwise(kernel: int, stride: int) -> Layer:
 
 
 def separable(kernel: int) -> Operation:
-    """Twice: rectify, convolve each channel by itself, 1x1, normalise. The first time takes the stride."""
+    """Twice: ReLU, depthwise convolution, 1x1, normalisation. The first one has the stride."""
 
     def pair(width: int, stride: int) -> Layer:
         return same(serial(depthwise=depthwise(kernel, stride), pointwise=conv(width, 1, init=he)), stride)
@@ -123,27 +124,27 @@ def separable(kernel: int) -> Operation:
 
 
 def max3(width: int, stride: int) -> Layer:
-    """The largest of 3x3."""
+    """3x3 max pooling."""
     return same(max_pool(3, stride, 1), stride)
 
 
 def mean3(width: int, stride: int) -> Layer:
-    """The mean of 3x3."""
+    """3x3 average pooling."""
     return same(stateless(lambda x: F.avg_pool2d(x, 3, stride, 1, count_include_pad=False)), stride)
 
 
 def squeeze(width: int, stride: int = 1) -> Layer:
-    """Rectify, 1x1, normalise."""
+    """ReLU, 1x1, normalisation."""
     return serial(relu=relu, conv=conv(width, 1, stride, init=he), norm=norm())
 
 
 def keep(width: int, stride: int) -> Layer:
-    """Nothing, or a 1x1 convolution where the image shrinks."""
+    """The identity, or a 1x1 convolution where the image shrinks."""
     return identity if stride == 1 else squeeze(width, stride)
 
 
 def halve(width: int) -> Layer:
-    """Appendix A.4: half of the channels from the even pixels, half from the odd ones."""
+    """Appendix A.4, halves the image: half of the channels come from the even pixels, half from the odd ones."""
     even = stateless(lambda x: x[:, :, ::2, ::2])
     odd = stateless(lambda x: F.pad(x, (-1, 1, -1, 1))[:, :, ::2, ::2])
     return serial(
@@ -154,12 +155,12 @@ def halve(width: int) -> Layer:
 
 
 def pick(i: int) -> Layer:
-    """One of several states."""
+    """Picks one of several states."""
     return stateless(lambda states: states[i])
 
 
 def grow(name: str, layer: Layer) -> Layer:
-    """From several states to these and one more, the layer's output."""
+    """Appends the layer's output to the states."""
     layer = named(name, layer)
 
     def init(states: tuple[Tensor, ...], mode: Mode) -> tuple[Tree, Tree, tuple[Tensor, ...]]:
@@ -193,7 +194,7 @@ REDUCTION = Cell(
 
 
 def cell(kind: Cell, width: int, stride: int, previous: Layer) -> Layer:
-    """From the outputs of the last two cells to this one's; ``previous`` brings the older one to width and size."""
+    """From the outputs of the two previous cells to this one's; ``previous`` adapts the older one to width and size."""
     steps = [
         grow("previous", serial(pick(0), previous)),
         grow("current", serial(pick(1), squeeze(width))),
@@ -210,9 +211,9 @@ def cell(kind: Cell, width: int, stride: int, previous: Layer) -> Layer:
 
 
 def cells(*layers: Layer, skip_first: bool = False) -> Layer:
-    """Cells in a row, from the outputs of two cells to those of the last two.
+    """A chain of cells, from the outputs of two cells to those of the last two in the chain.
 
-    ``skip_first``: to the second cell, the cell before the last one is the same as to the first.
+    With ``skip_first``, the second cell has the same older input as the first.
     """
     return serial(
         *(
@@ -240,20 +241,20 @@ def network(
     num_classes: int,
     dropout: float,
 ) -> Layer:
-    """Figure 2 of the paper, right, with cells of any kind.
+    """Figure 2 of the paper, right, with any two kinds of cells.
 
     Args:
-        normal, reduction: the two kinds.
+        normal, reduction: the two kinds of cells.
         depth: normal cells of each stage, the paper's N.
         width: channels of an operation in the first stage's normal cells.
-        first: the kind of the very first cell, if it is another than the other reductions'.
+        first: the very first cell, if it differs from the other reduction cells.
         stem_width: channels of the first convolution.
         skip_first: see `cells`.
         num_classes: outputs of the head.
         dropout: rate before the head.
 
     Raises:
-        ValueError: if a stage has but one normal cell: then its last two outputs cannot be joined.
+        ValueError: if ``depth`` is below 2: then the outputs of the last two cells differ in shape.
     """
     if depth < 2:
         raise ValueError(f"a stage has at least 2 normal cells, found {depth}")
@@ -288,19 +289,19 @@ def nasnet(
     num_classes: int = 1000,
     dropout: float = 0.5,
 ) -> Layer:
-    """`network` of the cells in figure 4.
+    """The `network` with the cells of figure 4.
 
     Args:
         depth: normal cells of each stage, the paper's N.
         width: channels of the last cell, a multiple of 96.
         stem_width: channels of the first convolution.
-        skip_reduction: the cell after a reduction sees as "the cell before the last one" what the reduction saw as
-            such, instead of the reduction's own input.
+        skip_reduction: the cell after a reduction cell has the same older input as the reduction cell, instead of the
+            reduction cell's newer input.
         num_classes: outputs of the head.
         dropout: rate before the head.
 
     Raises:
-        ValueError: as from `network`.
+        ValueError: see `network`.
     """
     return network(
         NORMAL,

@@ -1,13 +1,12 @@
-"""Network in Network: a small perceptron in place of a filter, and no fully-connected layer.
+"""Network in Network: small MLPs in place of linear filters, and no fully-connected layer.
 
     Lin, Chen, Yan. Network In Network. ICLR 2014, arXiv:1312.4400.
 
-What it added: 1x1 convolutions, which make each convolution a perceptron of several layers that slides over the
-image; and global average pooling, which lets each class have a map of its own. The network for CIFAR, 966,986
-parameters.
+What it added: 1x1 convolutions, which turn a convolution into a multi-layer perceptron that slides over the image; and
+global average pooling, which gives each class its own map. This is the network for CIFAR, 966,986 parameters.
 
-Deviations from the paper, pytorchcv's: pools have a padding of one pixel, whose zeros count in the average; He's rule
-draws the weights. As there, the head ends in a rectifier: a freshly drawn one with a bold learning rate can die.
+Deviations from the paper, as in pytorchcv: pools have a padding of one pixel, whose zeros the average pool counts; He
+initialisation. As in pytorchcv, the head ends in a ReLU, so with a high learning rate a new head can die.
 """
 
 from collections.abc import Sequence
@@ -26,11 +25,11 @@ PAPER = Paper("Network In Network", "Lin, Chen, Yan", 2013, "arXiv:1312.4400", g
 he = kaiming_uniform("fan_in")
 
 whole_avg_pool = stateless(lambda x: rearrange(F.avg_pool2d(x, x.shape[2:]), "b c 1 1 -> b c"))
-"""`purecnn.layers.global_avg_pool`, but summed in the order in which pytorchcv's pools sum: equal to the last bit."""
+"""`purecnn.layers.global_avg_pool`, but it sums in the order of pytorchcv's pools, so results are equal bit for bit."""
 
 
 def mlpconv(kernel: int, widths: Sequence[int]) -> Layer:
-    """Section 3.1: a convolution, then 1x1 convolutions, each with its rectifier."""
+    """Section 3.1: a convolution, then 1x1 convolutions, each followed by a ReLU."""
     steps: dict[str, Layer] = {}
     for i, width in enumerate(widths, start=1):
         steps[f"conv{i}"] = conv(width, kernel if i == 1 else 1, bias=True, init=he, bias_init=0.0)
@@ -47,9 +46,9 @@ def nin_cifar(
     """Figure 2 of the paper; the last 1x1 convolution is the head.
 
     Args:
-        widths: channels of the convolutions in each perceptron.
+        widths: channels of the convolutions in each MLP.
         num_classes: outputs of the head.
-        dropout: rate after the first and the second perceptron.
+        dropout: rate after the first and the second MLP.
     """
     first, second, third = (mlpconv(kernel, row) for kernel, row in zip((5, 5, 3), widths, strict=True))
     return serial(

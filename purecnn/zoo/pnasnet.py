@@ -1,11 +1,11 @@
-"""PNASNet-5: a cell found five times faster, by going from simple cells to complex ones.
+"""PNASNet-5: a cell found five times faster, by a search from simple cells to complex ones.
 
     Liu, Zoph, Neumann, Shlens, Hua, Li, Fei-Fei, Yuille, Huang, Murphy. Progressive Neural Architecture Search. ECCV
     2018, arXiv:1712.00559.
 
-Where NASNet searches among all cells of five blocks at once, this search begins with one block, and adds blocks to the
-most promising cells only, guided by a predictor of how well they will do. There is one kind of cell: a reduction is the
-same cell with stride 2. How cells are wired, and the deviations from the paper, are NASNet's: see `purecnn.zoo.nasnet`.
+While NASNet searches among all cells of five blocks at once, this search begins with one block and adds blocks only to
+the most promising cells, guided by a predictor of their accuracy. There is one kind of cell: a reduction is the same
+cell with stride 2. The wiring of cells and the deviations from the paper are NASNet's: see `purecnn.zoo.nasnet`.
 """
 
 from purecnn import layers
@@ -42,7 +42,7 @@ PAPER = Paper(
 
 
 def max3_project(width: int, stride: int) -> Layer:
-    """The largest of 3x3, brought to the cell's width."""
+    """3x3 max pooling, then a 1x1 convolution to the cell's width."""
     return serial(max3(width, stride), conv=conv(width, 1, init=he), norm=norm())
 
 
@@ -61,14 +61,15 @@ def pnasnet(depth: int, width: int, *, stem_width: int = 96, num_classes: int = 
     """Figure 1 of the paper, right.
 
     Args:
-        depth: cells of each stage; in the second and third the first of them halves the image.
+        depth: cells of each stage, of which the first halves the image in stages 2 and 3; stage 1 begins with two more
+            reductions.
         width: channels of the last cell, a multiple of 80.
         stem_width: channels of the first convolution.
         num_classes: outputs of the head.
         dropout: rate before the head.
 
     Raises:
-        ValueError: if a stage has but one cell: then its last two outputs cannot be joined.
+        ValueError: if ``depth`` is below 2: then the outputs of the last two cells differ in shape.
     """
     if depth < 2:
         raise ValueError(f"a stage has at least 2 cells, found {depth}")

@@ -2,15 +2,15 @@
 
     Zhang, Li, Loy, Lin. PolyNet: A Pursuit of Structural Diversity in Very Deep Networks. CVPR 2017, arXiv:1611.05725.
 
-With F an Inception block, a residual module is I + F. Here it becomes I + F + F^2 + F^3 ("poly-3", the block applied
-to its own output) or I + F + G ("2-way", two blocks side by side): more ways through a module instead of more modules
-in a row. In poly-3 the three applications share the convolutions of the branches, but neither the normalisations nor
-the 1x1 convolution that ends them. The "Very Deep PolyNet" alternates both; its branches are scaled down, the deeper
-the more.
+With an Inception block F, a residual module is I + F. Here it becomes I + F + F^2 + F^3 ("poly-3", the block applied
+to its own output) or I + F + G ("2-way", two parallel blocks): more paths through a module instead of more modules. In
+poly-3 the three applications share the convolutions of the branches, but neither the normalisations nor the final 1x1
+convolution. "Very Deep PolyNet" alternates both kinds of module; its branches are scaled down, more strongly in deeper
+modules.
 
-Deviations from the paper, those of the published weights as pytorchcv has them: a 1x1 convolution that ends a block
-is normalised, and the scale falls in a line over all branches from 1 to 0.7. Dropout on whole modules, with which the
-paper trains, is no part of the network.
+Deviations from the paper, those of the published weights in pytorchcv: the final 1x1 convolution of a block is
+normalised, and the scale falls linearly from 1 in the first module to 0.7 in the last. Dropout of whole modules, with
+which the paper trains, is not part of the network.
 """
 
 from collections.abc import Iterator, Sequence
@@ -55,24 +55,24 @@ shrinking = partial(chain, stride=2, padding=0)
 
 
 def block(branches: Sequence[Steps], width: int) -> Layer:
-    """An Inception block: branches, then 1x1 without activation back to the trunk's width."""
+    """An Inception block: branches, then a 1x1 convolution without activation back to the trunk's width."""
     ways = {f"branch{i}": chain(*steps) for i, steps in enumerate(branches, start=1)}
     return serial(concat(**ways), restore=conv_norm(width, 1, act=identity))
 
 
 def two_way(branches: Sequence[Steps], width: int, scale: float) -> Layer:
-    """I + F + G, for two blocks side by side."""
+    """I + F + G, with two parallel blocks."""
     first, second = (scaled(block(branches, width), scale) for _ in range(2))
     return serial(add(add(identity, first=first), second=second), relu)
 
 
 def is_shared(path: str) -> bool:
-    """Of a block's parameters: the weights of the branches' convolutions."""
+    """Whether a block's parameter is shared: true for the weights of the branches' convolutions."""
     return path.startswith("branch") and path.endswith(".conv.weight")
 
 
 def poly(branches: Sequence[Steps], width: int, scale: float, order: int = 3) -> Layer:
-    """I + F + F^2 + ... up to ``order``; the first application has the convolutions, and the others borrow them."""
+    """I + F + F^2 + ... up to ``order``; the first application owns the shared convolutions, the others borrow them."""
     names = [f"block{i}" for i in range(1, order + 1)]
     blocks = {name: named(name, block(branches, width)) for name in names}
 
@@ -100,7 +100,7 @@ def poly(branches: Sequence[Steps], width: int, scale: float, order: int = 3) ->
 
 
 def stem() -> Layer:
-    """To 35x35 with 384 channels; the stem of Inception v4, but for the order of some branches."""
+    """To 35x35 pixels, 384 channels: Inception v4's stem, except for the order of some convolutions and branches."""
     return serial(
         conv1=conv_norm(32, 3, 2, 0), conv2=conv_norm(32, 3, 1, 0), conv3=conv_norm(64, 3),
         split1=concat(pool=max_pool(3, 2), branch3=conv_norm(96, 3, 2, 0)),
@@ -132,18 +132,18 @@ def reduction_b() -> Layer:
 
 
 def falling(count: int, last: float) -> Iterator[float]:
-    """Numbers from 1 to ``last`` in a line; to six digits, as the published weights have them."""
+    """Evenly spaced numbers from 1 to ``last``, rounded to six digits as for the published weights."""
     return (round(1 - (1 - last) * i / max(count - 1, 1), 6) for i in range(count))
 
 
 def polynet(
     *, depths: Sequence[int] = (10, 10, 5), last_scale: float = 0.7, num_classes: int = 1000, dropout: float = 0.2
 ) -> Layer:
-    """Section 4 of the paper, Very Deep PolyNet: stage 1 is 2-way, in the others poly-3 and 2-way alternate.
+    """Section 4 of the paper, Very Deep PolyNet: stage 1 is 2-way; in the others, poly-3 and 2-way alternate.
 
     Args:
-        depths: 2-way modules of the first stage, and pairs of modules of the second and third.
-        last_scale: factor on the branches of the last module; that of the first is 1, and it falls in a line.
+        depths: number of 2-way modules in the first stage, and of pairs of modules in the second and third.
+        last_scale: factor for the branches of the last module; it falls linearly from 1 in the first.
         num_classes: outputs of the head.
         dropout: rate before the head.
     """

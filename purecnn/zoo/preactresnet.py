@@ -1,11 +1,11 @@
-"""Pre-activation ResNet: nothing stands in the way of the shortcut, so a signal passes through 1001 layers.
+"""Pre-activation ResNet: the shortcuts are clean identities, so signals pass through 1001 layers.
 
     He, Zhang, Ren, Sun. Identity Mappings in Deep Residual Networks. ECCV 2016, arXiv:1603.05027.
 
-Normalisation and rectifier move in front of each convolution; one more pair stands at the end. Where the shape
-changes, the shortcut is a 1x1 convolution of the block's first pre-activation. Deviations from the paper, those of
-timm's published weights: the stride sits on the 3x3; in the network for ImageNet the stem's convolution has no
-normalisation of its own, and the head is a 1x1 convolution of the pooled features.
+Normalisation and ReLU move in front of each convolution, with one more pair at the end. Where the shape changes, the
+shortcut is a 1x1 convolution of the block's first pre-activation. Deviations from the paper, those of timm's published
+weights: the stride is on the 3x3; in the network for ImageNet, the stem's convolution has no normalisation of its own,
+and the head is a 1x1 convolution of the pooled features.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,7 +37,7 @@ he = kaiming_normal("fan_in")
 
 
 def residual(inputs: int, width: int, stride: int, branch: Layer) -> Layer:
-    """Figure 4e; ``branch`` begins after the first normalisation and rectifier."""
+    """Figure 4e; ``branch`` begins after the first normalisation and ReLU."""
     first = serial(norm1=batch_norm(), relu1=relu)
     if stride == 1 and inputs == width:
         return add(identity, serial(first, branch))
@@ -60,14 +60,14 @@ def stages(
     depths: Sequence[int],
     block: Callable[[int, int, int, Layer], Layer] = residual,
 ) -> dict[str, Layer]:
-    """Residual blocks around ``branch(width, stride)``, and the normalisation and the rectifier after the last.
+    """Residual blocks around ``branch(width, stride)``, then the normalisation and the ReLU after the last block.
 
     Args:
-        branch: what stands beside the shortcut.
+        branch: the path parallel to the shortcut, without the first normalisation and ReLU.
         inputs: channels of the stem.
         widths: channels of each stage.
         depths: blocks of each stage.
-        block: what joins branch and shortcut, with the arguments of `residual`.
+        block: joins branch and shortcut; it has the arguments of `residual`.
     """
     parts: dict[str, Layer] = {}
     for i, (width, depth) in enumerate(zip(widths, depths, strict=True), start=1):
@@ -83,7 +83,7 @@ def stages(
 def preactresnet(
     depths: Sequence[int], *, widths: Sequence[int] = (256, 512, 1024, 2048), num_classes: int = 1000
 ) -> Layer:
-    """The network for ImageNet, of bottlenecks.
+    """The network for ImageNet, with bottlenecks.
 
     Args:
         depths: blocks of each stage.
@@ -100,7 +100,7 @@ def preactresnet(
 def preactresnet_cifar(
     depths: Sequence[int], *, widths: Sequence[int] = (64, 128, 256), num_classes: int = 10
 ) -> Layer:  # fmt: skip
-    """The network for CIFAR, of bottlenecks: ``n`` in each of three stages make ``9n + 2`` layers.
+    """The network for CIFAR, with bottlenecks: ``n`` in each of three stages make ``9n + 2`` layers.
 
     Args:
         depths: blocks of each stage.

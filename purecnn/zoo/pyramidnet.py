@@ -1,11 +1,11 @@
-"""PyramidNet: the width grows a little in every block, instead of twofold where the image shrinks.
+"""PyramidNet: the width grows a little in every block, instead of doubling where the image shrinks.
 
     Han, Kim, Kim. Deep Pyramidal Residual Networks. CVPR 2017, arXiv:1610.02915.
 
-The additive pyramid: block ``k`` of ``N`` is ``16 + a * k / N`` wide, rounded. A block has no rectifier before its
-first convolution and one more normalisation after its last. Shortcuts have no parameters: a mean of 2x2 where the
-image shrinks, and channels of zeros. Deviation from the paper, which rounds widths down: as in pytorchcv, they are
-rounded to the nearest, and not before they are used.
+This is the additive pyramid: block ``k`` of ``N`` has ``16 + a * k / N`` channels, rounded. A block has no ReLU before
+its first convolution, and one more normalisation after its last. Shortcuts have no parameters: they average 2x2 pixels
+where the image shrinks and append channels of zeros. Deviation from the paper, which rounds widths down: as in
+pytorchcv, they are rounded to the nearest integer, and only when used, so rounding errors do not add up.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ he = kaiming_normal("fan_out")
 
 
 def zero_pad(width: int, stride: int) -> Layer:
-    """The shortcut: the mean of ``stride x stride`` pixels, those at the border too, then channels of zeros."""
+    """The shortcut: the mean of ``stride x stride`` pixels, of fewer at the border; then channels of zeros."""
 
     def shortcut(x: Tensor) -> Tensor:
         if stride > 1:
@@ -49,8 +49,8 @@ def pyramidnet_cifar(depths: Sequence[int], widening: int, *, num_classes: int =
     """Table 1 of the paper.
 
     Args:
-        depths: blocks of each stage; ``n`` in each of three make ``6n + 2`` layers.
-        widening: channels that all blocks together add to the stem's 16, alpha in the paper.
+        depths: blocks of each stage; ``n`` blocks in each of three stages make ``6n + 2`` layers.
+        widening: number of channels that all blocks together add to the stem's 16, alpha in the paper.
         num_classes: outputs of the head.
     """
     parts: dict[str, Layer] = {"stem": serial(conv=conv(16, 3, init=he), norm=batch_norm())}

@@ -1,8 +1,8 @@
-"""RegNet: a family of networks described by four numbers, found by designing the space instead of one network.
+"""RegNet: a family of networks described by four numbers, found by designing a space instead of one network.
 
     Radosavovic, Prateek Kosaraju, Girshick, He, Dollar. Designing Network Design Spaces. CVPR 2020, arXiv:2003.13678.
 
-The widths of the blocks lie on a line, rounded to a geometric sequence. RegNetY is RegNetX with
+The widths of the blocks grow linearly and are rounded to a geometric sequence. RegNetY is RegNetX with
 squeeze-and-excitation, which squeezes to a quarter of the block's *input* channels.
 """
 
@@ -28,20 +28,20 @@ PAPER = Paper(
 def quantized_linear(depth: int, w0: int, wa: float, wm: float) -> list[tuple[int, int]]:
     """Equations 2 to 4: width and number of blocks of each stage.
 
-    Block ``j`` should have ``w0 + wa * j`` channels. The nearest ``w0 * wm**s`` with a whole ``s`` is taken, and
-    rounded to a multiple of 8.
+    Block ``j`` should have ``w0 + wa * j`` channels. It gets ``w0 * wm**s`` with the nearest integer ``s``, rounded to
+    a multiple of 8.
 
     Args:
         depth: number of blocks.
-        w0: channels of the first.
+        w0: channels of the first block.
         wa: slope of the line.
-        wm: ratio of the widths that are allowed.
+        wm: ratio of successive allowed widths.
 
     >>> quantized_linear(16, 48, 27.89, 2.09)
     [(48, 1), (104, 3), (208, 6), (440, 6)]
 
     Raises:
-        ValueError: if the numbers give no sequence of widths.
+        ValueError: if ``depth`` < 1, ``w0`` is not a positive multiple of 8, ``wa`` < 0 or ``wm`` <= 1.
     """
     if depth < 1 or wa < 0 or w0 <= 0 or w0 % 8 or wm <= 1:
         raise ValueError(
@@ -54,7 +54,7 @@ def quantized_linear(depth: int, w0: int, wa: float, wm: float) -> list[tuple[in
 
 
 def block(inputs: int, width: int, stride: int, group_width: int, se_ratio: float) -> Layer:
-    """Figure 4: ResNeXt's block whose middle is as wide as its ends."""
+    """Figure 4: ResNeXt's block, but its middle is as wide as its ends."""
     steps = {
         "conv1": conv_norm(width, 1, init=he),
         "conv2": conv_norm(width, 3, stride, groups=width // group_width, init=he),
@@ -81,7 +81,7 @@ def regnet(
     Args:
         depth, w0, wa, wm: see `quantized_linear`.
         group_width: channels of a group in the 3x3 convolutions; a stage's width is rounded to a multiple of it.
-        se_ratio: share of a block's input channels to which it squeezes; 0 for none.
+        se_ratio: squeeze-and-excitation squeezes to this share of a block's input channels; 0 for none.
         stem_width: channels of the first convolution.
         num_classes: outputs of the head.
     """

@@ -1,12 +1,12 @@
-"""Residual Attention Network: an hourglass beside the trunk says where to look.
+"""Residual Attention Network: an hourglass parallel to the trunk computes an attention mask.
 
     Wang, Jiang, Qian, Yang, Li, Zhang, Wang, Tang. Residual Attention Network for Image Classification. CVPR 2017,
     arXiv:1704.06904.
 
-A module's output is ``(1 + mask) * trunk``: with a mask of zeros the trunk is as it was, so that modules can be
-stacked. Units are pre-activation bottlenecks, and the hourglass is as deep as the image is large. As in pytorchcv,
-the trunk's output is added to the hourglass's before the mask is made of it, and a skip within the hourglass is the
-image and a unit of it. The paper gives 31.9 M parameters; these are 31,810,728.
+A module's output is ``(1 + mask) * trunk``: a mask of zeros leaves the trunk unchanged, so modules can be stacked.
+Units are pre-activation bottlenecks, and the larger the image, the deeper the hourglass. As in pytorchcv, the mask is
+computed from the sum of the trunk's and the hourglass's outputs, and a skip connection within the hourglass adds a unit
+to its own input. The paper gives 31.9 M parameters; here there are 31,810,728.
 """
 
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ def units(width: int, count: int) -> Layer:
 
 
 def resized(layer: Layer) -> Layer:
-    """The layer's output, bilinearly brought to the size of its input."""
+    """The layer's output, resized bilinearly to the size of its input."""
 
     def interpolate(y: Tensor, x: Tensor) -> Tensor:
         return F.interpolate(y, size=tuple(x.shape[-2:]), mode="bilinear", align_corners=True)
@@ -58,14 +58,14 @@ def resized(layer: Layer) -> Layer:
 
 
 def hourglass(width: int, depth: int, r: int) -> Layer:
-    """Figure 2, the soft mask branch: half the image, do so again within, and come back."""
+    """Figure 2, the soft mask branch: halves the image, applies a smaller hourglass inside, and restores the size."""
     skip = add(identity, unit(width, width))
     inner = {"inner": add(hourglass(width, depth - 1, r), skip=skip)} if depth > 1 else {}
     return resized(serial(max_pool(3, 2, 1), down=units(width, r), **inner, up=units(width, r)))
 
 
 def attend(hourglass: Layer, trunk: Layer, mask: Layer) -> Layer:
-    """Equation 3, ``(1 + mask) * trunk``. Not series-parallel, since the mask also sees the trunk's output."""
+    """Equation 3, ``(1 + mask) * trunk``. Not series-parallel, since the mask also uses the trunk's output."""
 
     def init(x: Tensor, mode: Mode) -> tuple[Tree, Tree, Tensor]:
         p1, s1, y = hourglass.init(x, mode)
@@ -105,9 +105,9 @@ def resattnet(
     """Table 2 of the paper.
 
     Args:
-        modules: attention modules of each stage but the last, which has three units.
+        modules: attention modules of each stage except the last, which has three units.
         widths: channels of each stage; the stem has a quarter of the first.
-        p, t, r: units before a module's two branches, in the trunk, and between two pools of the hourglass.
+        p, t, r: units before a module splits into two branches, in the trunk, and between two pools of the hourglass.
         num_classes: outputs of the head.
     """
     inputs = widths[0] // 4

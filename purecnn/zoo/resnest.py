@@ -1,17 +1,19 @@
-"""ResNeSt: several images of one layer compete, channel by channel, for their share in the sum of them all.
+"""ResNeSt: several versions of each channel compete for their weight in a sum.
 
     Zhang, Wu, Zhang, Zhu, Lin, Zhang, Sun, He, Mueller, Manmatha, Li, Smola. ResNeSt: Split-Attention Networks. 2020,
     arXiv:2004.08955.
 
-Squeeze-and-excitation weighs each channel for itself. Here the 3x3 convolution of a bottleneck makes each channel
-``radix`` times, in groups that do not see each other, and a softmax weighs these against each other. The frame is
-ResNet-D: three 3x3 convolutions as the stem, and where an image shrinks, it is averaged, not sampled, on the branch
-and on the shortcut.
+Squeeze-and-excitation weights each channel by itself. Here the 3x3 convolution of a bottleneck makes each channel
+``radix`` times, in groups that do not see each other, and a softmax weights these versions against each other. The rest
+is ResNet-D: the stem has three 3x3 convolutions, and where the image shrinks, it is averaged instead of subsampled, on
+the branch and on the shortcut.
 
-Weights are drawn as in the authors' PyTorch code; their weights were trained in Gluon from others, which `paper_law`
-draws: there the last normalisation of each block begins at zero. Deviation from the paper, as in timm: no DropBlock.
+Weights are drawn as in the authors' PyTorch code. The published weights were trained in Gluon from another
+initialisation, in which the last normalisation of each block starts at zero: see `paper_law`. Deviation from the paper,
+as in timm: no DropBlock.
 
-The gate normalises vectors, of one value per channel: a batch of one image cannot be trained with its own statistics.
+The gate normalises vectors with one value per channel, so a batch of one image cannot be trained with its own
+statistics.
 """
 
 from collections.abc import Sequence
@@ -49,7 +51,7 @@ PAPER = Paper(
 
 
 def shares(radix: int, groups: int) -> Layer:
-    """A softmax over the splits of each channel; a single one is gated as in SENet."""
+    """A softmax over the splits of each channel; with a single split, a sigmoid as in SENet."""
 
     def softmax(x: Tensor) -> Tensor:
         splits = rearrange(x, "b (group split c) 1 1 -> b split (group c) 1 1", group=groups, split=radix)
@@ -62,9 +64,9 @@ def split_attention(width: int, radix: int, groups: int) -> Layer:
     """Figure 2: a 3x3 convolution to ``radix`` splits of ``width`` channels, and their weighted sum.
 
     Args:
-        width: channels.
-        radix: splits.
-        groups: cardinality; each group has splits of its own.
+        width: channels of each split, and of the output.
+        radix: number of splits.
+        groups: cardinality; each group has its own splits.
     """
     squeeze = max(width * radix // 4, 32)
     add_splits = stateless(lambda x: reduce(x, "b (split c) h w -> b c h w", "sum", split=radix))
@@ -80,7 +82,7 @@ def split_attention(width: int, radix: int, groups: int) -> Layer:
 
 
 def shortcut(width: int, stride: int) -> Layer:
-    """Of ResNet-D: the 1x1 convolution sees the means of 2x2."""
+    """The shortcut of ResNet-D: 2x2 average pooling where the image shrinks, then the 1x1 convolution."""
     means = stateless(lambda x: F.avg_pool2d(x, 2, 2, ceil_mode=True, count_include_pad=False))
     return serial(means, projection(width, 1)) if stride == 2 else projection(width, 1)
 
@@ -98,7 +100,7 @@ def resnest(
 
     Args:
         depths: blocks in each stage.
-        radix: splits of each channel.
+        radix: number of splits of each channel.
         groups: cardinality.
         width_per_group: channels of a group in the first stage's bottleneck.
         stem_width: channels of the first two convolutions; the third has twice as many.
@@ -125,7 +127,7 @@ def resnest(
 
 
 def paper_law(path: str, shape: tuple[int, ...]) -> Initializer | float | None:
-    """The script that trained the authors' weights: He's rule with the fan-in, no biases, blocks that add nothing."""
+    """The authors' training script: He initialisation with fan-in; biases and each block's last scale are zero."""
     if path.endswith((".norm3.weight", ".bias")):
         return 0.0
     return kaiming_normal("fan_in") if len(shape) > 1 else None

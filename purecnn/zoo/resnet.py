@@ -5,11 +5,11 @@
     arXiv:1611.05431.
     Zagoruyko, Komodakis. Wide Residual Networks. BMVC 2016, arXiv:1605.07146.
 
-One function builds all three, because ResNeXt and the ImageNet Wide ResNet differ from ResNet in the width and
-the groups of a bottleneck's middle convolution alone.
+One function builds all three, because ResNeXt and the ImageNet Wide ResNet differ from ResNet only in the width
+and the groups of a bottleneck's middle convolution.
 
-Deviations from the paper, all of them torchvision's: the stride of a bottleneck sits on the 3x3 convolution
-("v1.5") where the paper has it on the first 1x1.
+Deviations from the paper, as in torchvision: the stride of a bottleneck is on the 3x3 convolution ("v1.5"), in the
+paper on the first 1x1; He initialisation uses the fan-out, in the paper the fan-in (see `paper_law`).
 """
 
 from collections.abc import Sequence
@@ -63,7 +63,7 @@ def basic(width: int, stride: int, groups: int, width_per_group: int) -> Layer:
     """Figure 5, left: two 3x3 convolutions; for ResNet-18 and 34.
 
     Raises:
-        ValueError: if it is to have groups or another width per group.
+        ValueError: if ``groups`` is not 1 or ``width_per_group`` is not 64.
     """
     if (groups, width_per_group) != (1, 64):
         raise ValueError(f"a basic block has groups=1 and width_per_group=64, found {groups} and {width_per_group}")
@@ -75,7 +75,7 @@ def basic(width: int, stride: int, groups: int, width_per_group: int) -> Layer:
 
 
 def bottleneck(width: int, stride: int, groups: int, width_per_group: int) -> Layer:
-    """Figure 5, right: 1x1, 3x3, 1x1. The 3x3 has ``groups`` groups of ``width_per_group * width / 64``."""
+    """Figure 5, right: 1x1, 3x3, 1x1. The 3x3 has ``groups`` groups of ``width_per_group * width / 64`` channels."""
     inner = width * width_per_group // 64 * groups
     main = serial(
         conv1=conv(inner, 1, init=he), norm1=batch_norm(), relu1=relu,
@@ -103,7 +103,7 @@ def resnet(
         depths: blocks in each stage.
         num_classes: outputs of the head.
         groups: cardinality (ResNeXt).
-        width_per_group: channels of a group in the first stage's bottleneck; 128 doubles the width (Wide ResNet).
+        width_per_group: channels of a group in the first stage's bottlenecks; 128 doubles the width (Wide ResNet).
     """
     stages = {
         f"stage{i + 1}": numbered(
@@ -119,7 +119,7 @@ def resnet(
 
 
 def paper_law(path: str, shape: tuple[int, ...]) -> Initializer | float | None:
-    """Section 3.4 of the paper: He's rule with the fan-in, where torchvision takes the fan-out."""
+    """Section 3.4 of the paper: He initialisation with fan-in; torchvision uses the fan-out."""
     return kaiming_normal("fan_in") if len(shape) == 4 else None
 
 

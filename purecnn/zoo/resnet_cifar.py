@@ -1,9 +1,9 @@
-"""ResNet for CIFAR: the network on which the paper shows that plain depth fails, and that shortcuts cure it.
+"""ResNet for CIFAR: the network on which the paper shows that plain depth fails, and that shortcuts fix this.
 
     He, Zhang, Ren, Sun. Deep Residual Learning for Image Recognition. CVPR 2016, arXiv:1512.03385, section 4.2.
 
-Three stages of ``n`` blocks each make ``6n + 2`` layers. Shortcuts are of option A, without parameters; libraries that
-take option B here have other counts (272,474 for ResNet-20). No deviations from the paper.
+Three stages of ``n`` blocks each make ``6n + 2`` layers. Shortcuts are the paper's option A, without parameters;
+libraries that use option B here have other parameter counts (272,474 for ResNet-20). No deviations from the paper.
 """
 
 import itertools
@@ -22,7 +22,7 @@ he = kaiming_normal("fan_in")
 
 
 def zero_pad(width: int, stride: int) -> Layer:
-    """The shortcut of option A: every ``stride``-th pixel, and channels of zeros before and after the image's own."""
+    """The shortcut of option A: every ``stride``-th pixel, with channels of zeros before and after the input's own."""
 
     def shortcut(x: Tensor) -> Tensor:
         missing = width - x.shape[1]
@@ -44,10 +44,10 @@ def branch(width: int, stride: int) -> Layer:
 def network(
     block: Callable[[int, int, int], Layer], depths: Sequence[int], widths: Sequence[int], num_classes: int
 ) -> Layer:
-    """The table of section 4.2 with blocks of any kind.
+    """The network in the table of section 4.2, with blocks of any kind.
 
     Args:
-        block: ``block(width, stride, place)``; the place counts the network's blocks from 0.
+        block: ``block(width, stride, place)``; ``place`` is the block's index in the network, from 0.
         depths: blocks of each stage.
         widths: channels of each stage; the first is also the stem's.
         num_classes: outputs of the head.
@@ -65,12 +65,12 @@ def network(
 
 
 def block(width: int, stride: int, place: int = 0) -> Layer:
-    """Figure 2: the branch and the shortcut."""
+    """Figure 2: the sum of branch and shortcut, then a ReLU."""
     return serial(add(branch(width, stride), zero_pad(width, stride)), relu)
 
 
 def resnet_cifar(depths: Sequence[int], *, widths: Sequence[int] = (16, 32, 64), num_classes: int = 10) -> Layer:
-    """The table of section 4.2.
+    """The network in the table of section 4.2.
 
     Args:
         depths: blocks of each stage, all ``n`` in the paper.

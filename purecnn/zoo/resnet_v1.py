@@ -1,10 +1,10 @@
-"""ResNet-50 as the paper has it: the stride sits on the first 1x1 convolution.
+"""ResNet-50 as in the paper: the stride is on the first 1x1 convolution.
 
     He, Zhang, Ren, Sun. Deep Residual Learning for Image Recognition. CVPR 2016, arXiv:1512.03385.
 
 `purecnn.zoo.resnet` follows torchvision, which moved the stride to the 3x3 ("v1.5"); the parameters are the same. Here
-a residual block's branch, its end and the stages are functions of their own, so that other papers can put a gate on
-the branch: see `purecnn.zoo.senet` and `purecnn.zoo.cbam`. No deviations from the paper.
+the branch of a residual block, its end, and the stages are separate functions, so that other architectures can put a
+gate on the branch: see `purecnn.zoo.senet` and `purecnn.zoo.cbam`. No deviations from the paper.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,10 +25,10 @@ def bottleneck(
     """The branch of figure 5, right: 1x1, 3x3, 1x1.
 
     Args:
-        widths: channels after each of the three.
-        strides: of the first two.
-        groups: of the 3x3.
-        init: of the weights.
+        widths: output channels of the three convolutions.
+        strides: strides of the first two.
+        groups: groups of the 3x3.
+        init: initialisation of the weights.
     """
     return serial(
         conv1=conv(widths[0], 1, strides[0], init=init), norm1=batch_norm(), relu1=relu,
@@ -38,12 +38,12 @@ def bottleneck(
 
 
 def residual(branch: Layer, shortcut: Layer) -> Layer:
-    """The end of a block: the sum, then the rectifier."""
+    """The end of a block: the sum of branch and shortcut, then a ReLU."""
     return serial(add(branch, shortcut=shortcut), relu)
 
 
 def stages(block: Callable[[int, int], Layer], depths: Sequence[int]) -> dict[str, Layer]:
-    """Table 1: ``block(width, stride)`` with widths from 64, doubled where the image is halved."""
+    """Table 1: ``block(width, stride)``; the width starts at 64 and doubles where the image is halved."""
     return {
         f"stage{i + 1}": numbered(*(block(64 << i, 2 if i and not j else 1) for j in range(depth)))
         for i, depth in enumerate(depths)
@@ -51,14 +51,14 @@ def stages(block: Callable[[int, int], Layer], depths: Sequence[int]) -> dict[st
 
 
 def stem() -> Layer:
-    """Table 1: 7x7 and a pool, each of stride 2."""
+    """Table 1: a 7x7 convolution and a pool, each with stride 2."""
     return serial(conv=conv(64, 7, 2, init=he), norm=batch_norm(), relu=relu, pool=max_pool(3, 2, 1))
 
 
 def network(
     block: Callable[[int, int], Layer], depths: Sequence[int], *, num_classes: int = 1000, dropout: float = 0.0
 ) -> Layer:
-    """Table 1 with blocks of any kind, so that a new residual network is one expression.
+    """The network of table 1 with blocks of any kind, so that a new residual network is one expression.
 
     >>> from purecnn.layers import stochastic_depth
     >>> from purecnn.zoo.senet import excited
@@ -68,7 +68,7 @@ def network(
     >>> layer = network(seresnext_with_stochastic_depth, (3, 4, 6, 3))
 
     Args:
-        block: ``block(width, stride)``; it widens to four times the width.
+        block: ``block(width, stride)``, with ``4 * width`` output channels.
         depths: blocks in each stage.
         num_classes: outputs of the head.
         dropout: rate before the head.
@@ -78,7 +78,7 @@ def network(
 
 
 def block(width: int, stride: int) -> Layer:
-    """Figure 5, right; the first 1x1 takes the stride."""
+    """Figure 5, right, with the stride on the first 1x1."""
     return residual(bottleneck((width, width, 4 * width), (stride, 1)), projection(4 * width, stride))
 
 

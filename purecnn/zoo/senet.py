@@ -1,14 +1,14 @@
-"""SENet: a residual block that weighs its channels.
+"""SENet: a residual block that weights its channels.
 
     Hu, Shen, Albanie, Sun, Wu. Squeeze-and-Excitation Networks. CVPR 2018, arXiv:1709.01507.
 
-Squeeze: the mean of each channel. Excite: two small layers give each channel a factor between 0 and 1. The gate stands
-on the branch, before the sum, and any residual block can take it: see `excited`. SENet-154, with which the authors
-won ILSVRC 2017, is a wide ResNeXt-152 with three 3x3 convolutions as its stem, half as many channels in the first 1x1,
-3x3 convolutions in the shortcuts that shrink, and dropout.
+Squeeze: average each channel. Excite: two small layers give each channel a factor between 0 and 1. The gate is on the
+branch, before the sum, and any residual block can use it: see `excited`. SENet-154, with which the authors won ILSVRC
+2017, is a wide ResNeXt-152 with a stem of three 3x3 convolutions, half as many channels in the first 1x1 of each block,
+3x3 convolutions in the shortcuts that shrink the image, and dropout.
 
-Deviations: as in timm and pytorchcv, the stride of a bottleneck sits on the 3x3 and the stem's pool has padding; in the
-authors' Caffe files the stride of SE-ResNet-50 sits on the first 1x1, and the pool reaches over the border instead.
+Deviations: as in timm and pytorchcv, the stride of a bottleneck is on the 3x3 and the stem's pool has padding; in the
+authors' Caffe files the stride of SE-ResNet-50 is on the first 1x1, and the pool reaches over the border instead.
 """
 
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ PAPER = Paper(
 
 
 def excited(branch: Layer, width: int, reduction: int) -> Layer:
-    """Figure 3: a residual block's branch with its output gated, ``width`` channels by ``width / reduction``."""
+    """Figure 3: a residual block's branch, whose ``width`` channels a gate of ``width / reduction`` units scales."""
     return serial(branch, gate=squeeze_excitation(width, width // reduction))
 
 
@@ -52,15 +52,15 @@ def seresnet(
     num_classes: int = 1000,
     dropout: float = 0.0,
 ) -> Layer:
-    """Table 1 of the paper, the middle and the right column.
+    """Table 1 of the paper, middle and right columns.
 
     Args:
         depths: blocks in each stage.
         groups: cardinality.
-        width_per_group: channels of a group in the first stage's bottleneck.
-        reduction: channels of a block to those in its gate, r in the paper.
+        width_per_group: channels of a group in the first stage's bottlenecks.
+        reduction: ratio of a block's channels to its gate's hidden units, r in the paper.
         num_classes: outputs of the head.
-        dropout: rate before the head; none in the paper, but in SENet-154.
+        dropout: rate before the head; in the paper only SENet-154 has dropout.
     """
 
     def block(width: int, stride: int) -> Layer:
@@ -84,7 +84,7 @@ def senet(
     Args:
         depths: blocks in each stage.
         groups: cardinality.
-        reduction: channels of a block to those in its gate.
+        reduction: ratio of a block's channels to its gate's hidden units.
         num_classes: outputs of the head.
         dropout: rate before the head.
     """

@@ -1,11 +1,11 @@
-"""ShuffleNet: 1x1 convolutions in groups, and a shuffle so that the groups hear of each other.
+"""ShuffleNet: grouped 1x1 convolutions, and a channel shuffle that exchanges information between the groups.
 
     Zhang, Zhou, Lin, Sun. ShuffleNet: An Extremely Efficient Convolutional Neural Network for Mobile Devices. CVPR
     2018, arXiv:1707.01083.
 
-In a bottleneck with a depthwise 3x3 convolution nearly all multiplications are in the 1x1 ones; groups make those
-cheap, so that a network of the same cost can be wider. One without a grouped successor would be as many networks side
-by side as there are groups: hence the shuffle.
+In a bottleneck with a depthwise 3x3 convolution, nearly all multiplications are in the 1x1 convolutions. Groups make
+these cheaper, so a network of the same cost can be wider. But grouped convolutions alone would make as many separate
+networks as there are groups: hence the shuffle.
 """
 
 from collections.abc import Sequence
@@ -26,12 +26,12 @@ PAPER = Paper(
 
 
 def shuffle(groups: int) -> Layer:
-    """Figure 1c: each group gives an equal part of its channels to each."""
+    """Figure 1c: each group passes an equal part of its channels to every group."""
     return stateless(lambda x: rearrange(x, "b (g c) h w -> b (c g) h w", g=groups))
 
 
 def branch(width: int, inner: int, stride: int, groups: int, first_groups: int) -> Layer:
-    """Grouped 1x1, shuffle, depthwise 3x3, grouped 1x1; only the first is rectified."""
+    """Grouped 1x1, shuffle, depthwise 3x3, grouped 1x1; only the first has a ReLU."""
     return serial(
         reduce=conv_norm(inner, 1, groups=first_groups), shuffle=shuffle(groups),
         depthwise=conv_norm(inner, 3, stride, groups=inner, act=identity),
@@ -40,12 +40,12 @@ def branch(width: int, inner: int, stride: int, groups: int, first_groups: int) 
 
 
 def unit(width: int, groups: int) -> Layer:
-    """Figure 2b: a residual connection."""
+    """Figure 2b: a unit with a residual connection."""
     return serial(add(identity, branch(width, width // 4, 1, groups, groups)), relu)
 
 
 def downsampling(inputs: int, width: int, groups: int, first_groups: int) -> Layer:
-    """Figure 2c: the pooled input is joined instead of added."""
+    """Figure 2c: the pooled input is concatenated instead of added."""
     main = branch(width - inputs, width // 4, 2, groups, first_groups)
     return serial(concat(main, avg_pool(3, 2, 1)), relu)
 
@@ -58,11 +58,11 @@ def shufflenet_v1(
     stem_width: int = 24,
     num_classes: int = 1000,
 ) -> Layer:
-    """Table 1 of the paper. The very first 1x1 convolution of a unit has no groups, as its input is thin.
+    """Table 1 of the paper. The first 1x1 convolution of stage 1 is not grouped, as its input has few channels.
 
     Args:
-        groups: of the 1x1 convolutions.
-        widths: channels of each stage; a quarter of them must divide into the groups.
+        groups: groups of the 1x1 convolutions.
+        widths: channels of each stage; a quarter of each must be divisible by ``groups``.
         depths: units of each stage.
         stem_width: channels of the first convolution.
         num_classes: outputs of the head.

@@ -1,4 +1,4 @@
-"""ShuffleNet v2: split the channels, transform one half, join and shuffle.
+"""ShuffleNet v2: split the channels, transform one half, concatenate both and shuffle.
 
 Ma, Zhang, Zheng, Sun. ShuffleNet V2: Practical Guidelines for Efficient CNN Architecture Design. ECCV 2018,
 arXiv:1807.11164.
@@ -26,7 +26,7 @@ second_half = stateless(lambda x: x.chunk(2, dim=1)[1])
 
 
 def depthwise(width: int, stride: int) -> Layer:
-    """A 3x3 convolution of each channel by itself, normalised."""
+    """A depthwise 3x3 convolution and normalisation."""
     return conv_norm(width, 3, stride, groups=width, act=identity)
 
 
@@ -36,12 +36,12 @@ def branch(width: int, stride: int) -> Layer:
 
 
 def unit(width: int) -> Layer:
-    """Figure 3c: half of the channels pass."""
+    """Figure 3c: half of the channels pass through unchanged."""
     return serial(concat(first_half, serial(second_half, main=branch(width // 2, 1))), shuffle)
 
 
 def downsampling(inputs: int, width: int) -> Layer:
-    """Figure 3d: all channels take both ways, and the image shrinks."""
+    """Figure 3d: both branches see all channels, and the image shrinks."""
     shortcut = serial(depthwise=depthwise(inputs, 2), project=conv_norm(width // 2, 1))
     return serial(concat(shortcut=shortcut, main=branch(width // 2, 2)), shuffle)
 
@@ -52,13 +52,13 @@ def shufflenet_v2(
     """Table 5 of the paper; the last 1x1 convolution is a stage.
 
     Args:
-        widths: channels of each stage, all even but the last one's.
-        depths: units of each stage but the last.
+        widths: channels of each stage; all except the last must be even.
+        depths: units of each stage except the last.
         stem_width: channels of the first convolution.
         num_classes: outputs of the head.
 
     Raises:
-        ValueError: if there is not one width more than there are depths, or a width cannot be split.
+        ValueError: unless there is exactly one more width than depths, and all widths except the last are even.
     """
     if len(widths) != len(depths) + 1 or any(width % 2 for width in widths[:-1]):
         raise ValueError(f"{len(depths)} stages need as many even widths and a last one, found {tuple(widths)}")

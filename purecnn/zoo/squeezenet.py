@@ -1,11 +1,11 @@
-"""SqueezeNet: AlexNet's accuracy from fifty times fewer parameters.
+"""SqueezeNet: AlexNet's accuracy with fifty times fewer parameters.
 
     Iandola, Han, Moskewicz, Ashraf, Dally, Keutzer. SqueezeNet: AlexNet-level accuracy with 50x fewer parameters
     and <0.5MB model size. 2016, arXiv:1602.07360.
 
-Version 1.0 is the paper's. Version 1.1, from the authors' repository, has a smaller stem and pools earlier: 2.4
-times less computation. The head ends in a rectifier, as in the paper: a freshly drawn one with a bold learning
-rate can die.
+Version 1.0 is the paper's. Version 1.1, from the authors' repository, has a smaller stem and pools earlier, which
+needs 2.4 times less computation. As in the paper, the head ends in a ReLU, so with a high learning rate a new head
+can die.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ he = kaiming_uniform("fan_in")
 
 
 def fire(squeeze: int) -> Layer:
-    """Figure 1: a 1x1 convolution squeezes; a 1x1 and a 3x3, side by side, each expand fourfold."""
+    """Figure 1: a 1x1 convolution squeezes; a 1x1 and a 3x3 in parallel each expand to four times the channels."""
     return serial(
         squeeze=conv(squeeze, 1, bias=True, init=he, bias_init=0.0), relu1=relu,
         expand=concat(
@@ -52,9 +52,9 @@ def squeezenet(
 
     Args:
         stem_width: channels of the first convolution.
-        stem_kernel: side of its kernel, pixels.
-        depths: fire modules in each stage; a pool stands before each stage.
-        squeeze: channels to which the first two modules squeeze; every second module adds as many again.
+        stem_kernel: kernel size of the first convolution, pixels.
+        depths: fire modules in each stage; each stage begins with a pool.
+        squeeze: squeezed channels of the first two modules; each further pair has this many more.
         num_classes: outputs of the head.
         dropout: rate before the head's convolution.
     """

@@ -1,15 +1,15 @@
-"""A ResNet for CIFAR whose blocks are left out by chance while it is trained.
+"""A ResNet for CIFAR whose blocks are dropped at random in training.
 
     Huang, Sun, Liu, Sedra, Weinberger. Deep Networks with Stochastic Depth. ECCV 2016, arXiv:1603.09382.
 
-What it showed: a residual network is so little in need of any one block that dropping them, the later ones more often,
-makes training shorter and the network better, and lets depth go on past a thousand layers. EfficientNet and ConvNeXt
-are trained so to this day.
+What it showed: a residual network depends so little on any single block that dropping blocks, later ones more often,
+makes training faster and the network better, and allows more than a thousand layers. EfficientNet and ConvNeXt are
+still trained this way.
 
-As in the authors' code, one draw decides for a whole batch, the last block survives with probability 0.5, and in
-evaluation a branch counts by its probability, where `purecnn.layers.stochastic_depth` and torchvision scale it in
-training instead. Also theirs: shortcuts that shrink are means of 2x2 pixels, with zeros after the image's channels;
-biases are left out here, since a normalisation follows. No further deviations.
+As in the authors' code, one draw decides for the whole batch, the last block survives with probability 0.5, and
+evaluation multiplies each branch by its survival probability (`purecnn.layers.stochastic_depth` and torchvision scale
+it in training instead). Also as in their code, shortcuts that shrink the image average 2x2 pixels and append channels
+of zeros. Convolutions have no biases here, since a normalisation follows. No further deviations.
 """
 
 from collections.abc import Sequence
@@ -33,9 +33,9 @@ PAPER = Paper(
 
 
 def mean_and_zeros(width: int, stride: int) -> Layer:
-    """A shortcut without parameters: the mean of each square of pixels, and channels of zeros after the image's own.
+    """A shortcut without parameters: the mean of each square of pixels, with channels of zeros after the input's own.
 
-    At the border of an image of odd size a square is cut.
+    At the border of an image of odd size, the squares are cut off.
     """
 
     def shortcut(x: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ def mean_and_zeros(width: int, stride: int) -> Layer:
 
 
 def block(width: int, stride: int, death: float) -> Layer:
-    """Equations 2 and 5: a branch that is there with probability ``1 - death``, and in evaluation by that share."""
+    """Equations 2 and 5: the branch is kept with probability ``1 - death``; evaluation multiplies it by this."""
     share = stateless(lambda x: x * (1 - death), keeps_shape=True)
     drawn = serial(layers.stochastic_depth(branch(width, stride), death, "batch"), share)
     return serial(add(drawn, mean_and_zeros(width, stride)), relu)
@@ -55,14 +55,14 @@ def block(width: int, stride: int, death: float) -> Layer:
 def stochastic_resnet_cifar(
     depths: Sequence[int], *, widths: Sequence[int] = (16, 32, 64), num_classes: int = 10, stochastic_depth: float = 0.5
 ) -> Layer:
-    """Section 4: `purecnn.zoo.resnet_cifar` with blocks that may be missing.
+    """Section 4: `purecnn.zoo.resnet_cifar` with blocks that may be dropped.
 
     Args:
         depths: blocks of each stage.
         widths: channels of each stage; the first is also the stem's.
         num_classes: outputs of the head.
-        stochastic_depth: probability that the last block is left out; towards the first it falls in equal steps to
-            nearly none (equation 4).
+        stochastic_depth: probability that the last block is dropped; it falls linearly to almost 0 at the first
+            (equation 4).
     """
 
     def decaying(width: int, stride: int, place: int) -> Layer:

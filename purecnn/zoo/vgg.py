@@ -1,12 +1,12 @@
-"""VGG: depth from nothing but 3x3 convolutions.
+"""VGG: depth from 3x3 convolutions alone.
 
     Simonyan, Zisserman. Very Deep Convolutional Networks for Large-Scale Image Recognition. ICLR 2015,
     arXiv:1409.1556.
 
-Deviations from the paper, torchvision's: the weights are drawn by He's rule instead of in steps from a
-shallower network; the convolutions keep their biases in the variants with batch normalisation (which the paper
-does not have); an adaptive average pool before the first fully-connected layer admits images of any size from
-32 pixels up.
+Deviations from the paper, as in torchvision: the convolutions use He initialisation instead of starting from a
+trained shallower network; they keep their biases in the variants with batch normalisation (which are not in the
+paper); an adaptive average pool before the first fully-connected layer accepts images of any size from 32 pixels
+up.
 """
 
 from collections.abc import Sequence
@@ -54,7 +54,7 @@ def vgg(
     Args:
         depths: convolutions in each block.
         widths: channels of each block.
-        batch_norm: normalise after each convolution.
+        batch_norm: add batch normalisation after each convolution.
         num_classes: outputs of the head.
         dropout: rate before the second and the third fully-connected layer.
     """
@@ -80,7 +80,7 @@ DEPTHS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2,
 
 
 def one_scale(error: float) -> Published:
-    """A result of Table 3: the best of a configuration that is tested at one scale."""
+    """A result of Table 3: the best of a configuration when tested at a single scale."""
     return Published(error, "top-1 error", "ImageNet", "Table 3, one scale")
 
 

@@ -1,14 +1,14 @@
-"""VGG's configurations A-LRN and C: the two columns of the paper's table that torchvision left out.
+"""VGG's configurations A-LRN and C: the two columns of the paper's table that torchvision leaves out.
 
     Simonyan, Zisserman. Very Deep Convolutional Networks for Large-Scale Image Recognition. ICLR 2015,
     arXiv:1409.1556.
 
-What they showed: A-LRN, that AlexNet's local response normalisation adds nothing to a deep network; C, that depth
-helps even where a layer sees one pixel alone, but less than with 3x3 convolutions (D, which is VGG-16). 132,863,336
-and 133,638,952 parameters.
+What they showed: A-LRN shows that AlexNet's local response normalisation does not improve a deep network; C shows that
+depth helps even if the additional layers see only one pixel, but less than with 3x3 convolutions (D, which is VGG-16).
+They have 132,863,336 and 133,638,952 parameters.
 
-Deviations from the paper are those of `purecnn.zoo.vgg`: He's rule draws the weights, and an adaptive average pool
-admits images of any size from 32 pixels up.
+Deviations from the paper are those of `purecnn.zoo.vgg`: He initialisation of the convolutions, and an adaptive average
+pool that accepts images of any size from 32 pixels up.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from purecnn.zoo.vgg import PAPER, gauss, he, one_scale, paper_law
 
 
 def block(width: int, kernels: Sequence[int], lrn: bool) -> Layer:
-    """Convolutions with these kernels, then a pool that halves the image; ``lrn`` normalises before it."""
+    """Convolutions with these kernel sizes, then a pool that halves the image; ``lrn`` normalises before the pool."""
     steps: dict[str, Layer] = {}
     for i, kernel in enumerate(kernels, start=1):
         steps[f"conv{i}"] = conv(width, kernel, bias=True, init=he, bias_init=0.0)
@@ -44,8 +44,8 @@ def vgg_2014(
     """Table 1 of the paper. The first block is the stem; the two hidden fully-connected layers are a stage.
 
     Args:
-        kernels: sides of the kernels in each block, pixels.
-        lrn: local response normalisation in the first block.
+        kernels: kernel sizes of the convolutions in each block, pixels.
+        lrn: add local response normalisation in the first block.
         widths: channels of each block.
         hidden_width: units of each hidden fully-connected layer.
         num_classes: outputs of the head.

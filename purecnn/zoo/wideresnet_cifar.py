@@ -1,10 +1,10 @@
-"""Wide ResNet for CIFAR: sixteen layers that are wide do as well as a thousand that are thin.
+"""Wide ResNet for CIFAR: sixteen wide layers do as well as a thousand thin ones.
 
     Zagoruyko, Komodakis. Wide Residual Networks. BMVC 2016, arXiv:1605.07146.
 
-WRN-d-k: pre-activation blocks of two 3x3 convolutions, ``k`` times as wide as in the ResNet for CIFAR, with dropout
-in between. ``d = 6n + 4`` counts the three convolutions in shortcuts. By default the dropout is off, as in most of the
-paper's tables. No deviations.
+WRN-d-k has pre-activation blocks of two 3x3 convolutions, ``k`` times as wide as in the ResNet for CIFAR, with dropout
+in between. The depth ``d = 6n + 4`` includes the three convolutions in shortcuts. By default dropout is off, as in most
+of the paper's tables. No deviations from the paper.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from purecnn.zoo.resnet import WIDE
 
 
 def branch(width: int, stride: int, dropout: float) -> Layer:
-    """Figure 1d, without its first normalisation and rectifier."""
+    """Figure 1d, without its first normalisation and ReLU."""
     return serial(
         conv1=conv(width, 3, stride, init=he), norm2=batch_norm(), relu2=relu, dropout=layers.dropout(dropout),
         conv2=conv(width, 3, init=he),
@@ -39,7 +39,7 @@ def wideresnet_cifar(
     Args:
         depths: blocks of each stage.
         widths: channels of each stage, before the factor; the first is also the stem's.
-        width: factor on the channels, k in the paper.
+        width: factor for the channels, k in the paper.
         num_classes: outputs of the head.
         dropout: rate between the two convolutions of a block.
     """

@@ -1,11 +1,11 @@
-"""Xception: an Inception module taken to its extreme, in which each channel is convolved by itself.
+"""Xception: an extreme Inception module, in which each channel is convolved separately.
 
     Chollet. Xception: Deep Learning with Depthwise Separable Convolutions. CVPR 2017, arXiv:1610.02357.
 
-The step beyond Inception: correlations between channels and those in space are looked at apart, by a 1x1 convolution
-and a depthwise 3x3 one (here in the other order, and without activation between them). The modules are residual, and
-36 convolutions in a row replace the zoo of branches. Deviations: He's initialisation, which the paper leaves open;
-batch normalisation with PyTorch's eps.
+The step beyond Inception: correlations between channels and spatial correlations are modelled separately, by a 1x1
+convolution and a depthwise 3x3 convolution (here in the opposite order, and without activation between them). The
+modules are residual, and a sequence of 36 convolutions replaces the many kinds of branches. Deviation: batch
+normalisation has PyTorch's eps. The paper does not specify the initialisation; here it is He initialisation.
 """
 
 from collections.abc import Sequence
@@ -28,19 +28,19 @@ PAPER = Paper(
 
 
 def separable(inputs: int, width: int) -> Layer:
-    """A 3x3 convolution of each channel by itself, then 1x1; normalised once, at the end."""
+    """A depthwise 3x3 convolution, then 1x1; there is one normalisation, at the end."""
     return serial(
         depthwise=conv(inputs, 3, groups=inputs, init=he), pointwise=conv(width, 1, init=he), norm=batch_norm()
     )
 
 
 def module(widths: Sequence[int], stride: int, *, rectify: bool = True) -> Layer:
-    """Figure 5: separable convolutions from width to width, rectified before each; then a pool, and the sum.
+    """Figure 5: separable convolutions, each after a ReLU; then a pool, and the sum with the shortcut.
 
     Args:
-        widths: the channels that come in, then those that each convolution gives.
-        stride: of the pool; at 1 there is none.
-        rectify: before the first convolution.
+        widths: input channels, then the output channels of each convolution.
+        stride: stride of the pool; with 1 there is no pool.
+        rectify: whether there is a ReLU before the first convolution.
     """
     steps: dict[str, Layer] = {}
     for i, (inputs, width) in enumerate(pairwise(widths), start=1):

@@ -1,17 +1,18 @@
-"""ZFNet: AlexNet, mended by looking inside it.
+"""ZFNet: AlexNet, improved by visualising its features.
 
     Zeiler, Fergus. Visualizing and Understanding Convolutional Networks. ECCV 2014, arXiv:1311.2901.
 
-What it added: a deconvolutional network shows what excites a feature map. Seen so, AlexNet's first layers had dead
-filters and aliases; hence smaller kernels and strides there, 7x7 by two instead of 11x11 by four. One tower, so no
-groups. 62,357,608 parameters; the variant with wider last convolutions has 107,627,624.
+What it added: a deconvolutional network that shows which input activates a feature map. It revealed dead filters and
+aliasing in AlexNet's first layers, so ZFNet has smaller kernels and strides there: 7x7 with stride two instead of 11x11
+with stride four. There is one tower, so no groups. 62,357,608 parameters; the variant with wider last convolutions has
+107,627,624.
 
-The paper says "all weights are initialized to 10^-2"; equal weights would stay equal, so that is read as AlexNet's
-deviation of a normal distribution. Biases are zero, as it says.
+The paper says "all weights are initialized to 10^-2"; equal weights would stay equal, so this is taken to be the
+standard deviation of a normal distribution, as in AlexNet. Biases start at zero, as in the paper.
 
-Deviations from the paper, pytorchcv's: normalisation is across channels as in AlexNet, but alpha multiplies the mean
-of the squares; the first convolution pads one pixel, the second none, and the pools' last window reaches over the
-border.
+Deviations from the paper, as in pytorchcv: normalisation is across channels as in AlexNet, but alpha multiplies the
+mean of the squares; the first convolution has a padding of one pixel, the second has none, and the pools' last window
+reaches over the border.
 """
 
 from collections.abc import Sequence
