@@ -13,7 +13,7 @@ from purecnn.layer import DRAW
 from purecnn.layers import global_avg_pool, identity, linear, stochastic_depth
 from purecnn.optimizers import sgd
 from purecnn.step import TrainState, make_step
-from purecnn.zoo import preactresnet, resnet_v1
+from purecnn.zoo import preactresnet, resnet
 from purecnn.zoo.cbam import attended
 from purecnn.zoo.resnet import projection
 from purecnn.zoo.senet import excited
@@ -38,24 +38,24 @@ def head() -> Layer:
 
 def post_activation(wrap: Wrap) -> Layer:
     def block(w: int, stride: int) -> Layer:
-        branch = resnet_v1.bottleneck((w // 4, w // 4, 4 * w), (1, stride), groups=4)
-        return resnet_v1.residual(wrap(branch, 4 * w), projection(4 * w, stride))
+        branch = resnet.bottleneck((w // 4, w // 4, 4 * w), (1, stride), groups=4)
+        return resnet.residual(wrap(branch, 4 * w), projection(4 * w, stride))
 
-    return resnet_v1.network(block, (1, 2), num_classes=5)
+    return resnet.network(block, (1, 2), num_classes=5)
 
 
 def pre_activation(wrap: Wrap) -> Layer:
     parts = preactresnet.stages(
         lambda width, stride: wrap(preactresnet.bottleneck(width, stride), width), 64, (64, 128), (1, 2)
     )
-    return serial(stem=resnet_v1.stem(), **parts, head=head())
+    return serial(stem=resnet.stem(), **parts, head=head())
 
 
 def sum_of_blocks(wrap: Wrap) -> Layer:
     def block(width: int) -> Layer:
-        return add(identity, named=wrap(resnet_v1.bottleneck((16, 16, width)), width))
+        return add(identity, named=wrap(resnet.bottleneck((16, 16, width)), width))
 
-    return resnet_v1.network(lambda w, stride: serial(projection(4 * w, stride), block(4 * w)), (1,), num_classes=5)
+    return resnet.network(lambda w, stride: serial(projection(4 * w, stride), block(4 * w)), (1,), num_classes=5)
 
 
 NETWORKS = {"post": post_activation, "pre": pre_activation, "sum": sum_of_blocks}
@@ -87,7 +87,7 @@ def test_any_residual_network_takes_any_branch(network: str, wrap: str) -> None:
 
 
 def test_a_dropped_branch_leaves_the_shortcut() -> None:
-    branch = resnet_v1.bottleneck((8, 8, 16))
+    branch = resnet.bottleneck((8, 8, 16))
     layer = add(identity, stochastic_depth(branch, 0.5))
     model = Model.of(serial(stem=layer), num_classes=16, in_channels=16, image_size=4)
     params, state = model.init(random.key(0))
@@ -106,8 +106,8 @@ def test_a_dropped_branch_leaves_the_shortcut() -> None:
 
 
 def test_an_auxiliary_head_is_a_fork_of_any_stage() -> None:
-    rest = serial(stage2=resnet_v1.bottleneck((8, 8, 32)), head=head())
-    layer = serial(stem=resnet_v1.stem(), body=fork(rest, aux1=head()))
+    rest = serial(stage2=resnet.bottleneck((8, 8, 32)), head=head())
+    layer = serial(stem=resnet.stem(), body=fork(rest, aux1=head()))
     model = Model.of(layer, num_classes=5, image_size=32)
     params, state = model.init(random.key(0))
     outputs, _ = model.apply(params, state, torch.zeros(2, 3, 32, 32), train=True)

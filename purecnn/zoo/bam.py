@@ -18,8 +18,8 @@ from einops import rearrange
 from purecnn.layer import Layer, multiply, serial
 from purecnn.layers import batch_norm, conv, global_avg_pool, identity, linear, relu, sigmoid, stateless
 from purecnn.paper import Group, Paper, Published, Variant
-from purecnn.zoo.resnet import projection
-from purecnn.zoo.resnet_v1 import bottleneck, he, residual, stages, stem
+from purecnn.zoo.resnet import bottleneck, projection, residual, stages, stem
+from purecnn.zoo.resnet_v1 import he
 
 PAPER = Paper(
     "BAM: Bottleneck Attention Module",
@@ -73,12 +73,13 @@ def bam_resnet(depths: Sequence[int], *, reduction: int = 16, dilation: int = 4,
     """
 
     def block(width: int, stride: int) -> Layer:
-        return residual(bottleneck((width, width, 4 * width), (1, stride)), projection(4 * width, stride))
+        branch = bottleneck((width, width, 4 * width), (1, stride), init=he)
+        return residual(branch, projection(4 * width, stride, he))
 
     trunk = stages(block, depths)
     *attended, last = trunk
     return serial(
-        stem=stem(),
+        stem=stem(he),
         **{name: serial(trunk[name], bam=bam(256 << i, reduction, dilation)) for i, name in enumerate(attended)},
         **{last: trunk[last]},
         head=serial(global_avg_pool, linear=linear(num_classes)),

@@ -17,8 +17,7 @@ from torch import Tensor
 from purecnn.layer import Layer, multiply, serial
 from purecnn.layers import batch_norm, conv, identity, linear, relu, sigmoid, stateless
 from purecnn.paper import Group, Paper, Published, Variant
-from purecnn.zoo.resnet import he, projection
-from purecnn.zoo.resnet_v1 import bottleneck, network, residual
+from purecnn.zoo.resnet import bottleneck, he, network, projection, residual
 
 PAPER = Paper(
     "CBAM: Convolutional Block Attention Module",
@@ -71,7 +70,7 @@ def cbam_resnet(depths: Sequence[int], *, reduction: int = 16, num_classes: int 
     """
 
     def block(width: int, stride: int) -> Layer:
-        branch = bottleneck((width, width, 4 * width), (1, stride), init=he)
+        branch = bottleneck((width, width, 4 * width), (1, stride))
         return residual(attended(branch, 4 * width, reduction), projection(4 * width, stride))
 
     return network(block, depths, num_classes=num_classes)

@@ -38,8 +38,7 @@ from purecnn.layers import (
     stateless,
 )
 from purecnn.paper import Group, Paper, Published, Variant
-from purecnn.zoo.resnet import he, projection
-from purecnn.zoo.resnet_v1 import residual, stages
+from purecnn.zoo.resnet import he, projection, residual, stages
 
 PAPER = Paper(
     "ResNeSt: Split-Attention Networks",

@@ -12,11 +12,12 @@ Deviations from the paper, as in torchvision: the stride of a bottleneck is on t
 paper on the first 1x1; He initialisation uses the fan-out, in the paper the fan-in (see `paper_law`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from torch import Tensor
 
+from purecnn import layers
 from purecnn.initializers import Initializer, kaiming_normal
 from purecnn.layer import Layer, Mode, add, numbered, serial
 from purecnn.layers import batch_norm, conv, global_avg_pool, linear, max_pool, relu
@@ -46,46 +47,81 @@ WIDE = Paper(
 he = kaiming_normal("fan_out")
 
 
-def projection(width: int, stride: int) -> Layer:
+def projection(width: int, stride: int, init: Initializer = he) -> Layer:
     """The shortcut of section 3.3, option B: the identity, or a 1x1 convolution where the shape changes."""
-    change = serial(conv=conv(width, 1, stride, init=he), norm=batch_norm())
+    change = serial(conv=conv(width, 1, stride, init=init), norm=batch_norm())
 
-    def init(x: Tensor, mode: Mode) -> tuple[Tree, Tree, Tensor]:
+    def start(x: Tensor, mode: Mode) -> tuple[Tree, Tree, Tensor]:
         return ({}, {}, x) if stride == 1 and x.shape[1] == width else change.init(x, mode)
 
     def apply(params: Tree, state: Tree, x: Tensor, mode: Mode) -> tuple[Tensor, Tree]:
         return change.apply(params, state, x, mode) if params else (x, state)
 
-    return Layer(init, apply, change.names)
+    return Layer(start, apply, change.names)
 
 
-def basic(width: int, stride: int, groups: int, width_per_group: int) -> Layer:
-    """Figure 5, left: two 3x3 convolutions; for ResNet-18 and 34.
+def bottleneck(
+    widths: tuple[int, int, int], strides: tuple[int, int] = (1, 1), *, groups: int = 1, init: Initializer = he
+) -> Layer:
+    """The branch of figure 5, right: 1x1, 3x3, 1x1.
 
-    Raises:
-        ValueError: if ``groups`` is not 1 or ``width_per_group`` is not 64.
+    Args:
+        widths: output channels of the three convolutions.
+        strides: strides of the first two.
+        groups: groups of the 3x3.
+        init: initialisation of the weights.
     """
-    if (groups, width_per_group) != (1, 64):
-        raise ValueError(f"a basic block has groups=1 and width_per_group=64, found {groups} and {width_per_group}")
-    main = serial(
-        conv1=conv(width, 3, stride, init=he), norm1=batch_norm(), relu1=relu,
-        conv2=conv(width, 3, init=he), norm2=batch_norm(),
+    return serial(
+        conv1=conv(widths[0], 1, strides[0], init=init), norm1=batch_norm(), relu1=relu,
+        conv2=conv(widths[1], 3, strides[1], groups=groups, init=init), norm2=batch_norm(), relu2=relu,
+        conv3=conv(widths[2], 1, init=init), norm3=batch_norm(),
     )  # fmt: skip
-    return serial(add(main, shortcut=projection(width, stride)), relu)
 
 
-def bottleneck(width: int, stride: int, groups: int, width_per_group: int) -> Layer:
-    """Figure 5, right: 1x1, 3x3, 1x1. The 3x3 has ``groups`` groups of ``width_per_group * width / 64`` channels."""
-    inner = width * width_per_group // 64 * groups
-    main = serial(
-        conv1=conv(inner, 1, init=he), norm1=batch_norm(), relu1=relu,
-        conv2=conv(inner, 3, stride, groups=groups, init=he), norm2=batch_norm(), relu2=relu,
-        conv3=conv(4 * width, 1, init=he), norm3=batch_norm(),
-    )  # fmt: skip
-    return serial(add(main, shortcut=projection(4 * width, stride)), relu)
+def residual(branch: Layer, shortcut: Layer) -> Layer:
+    """The end of a block: the sum of branch and shortcut, then a ReLU."""
+    return serial(add(branch, shortcut=shortcut), relu)
 
 
-BLOCKS = {"basic": basic, "bottleneck": bottleneck}
+def stages(block: Callable[[int, int], Layer], depths: Sequence[int]) -> dict[str, Layer]:
+    """Table 1: ``block(width, stride)``; the width starts at 64 and doubles where the image is halved."""
+    return {
+        f"stage{i + 1}": numbered(*(block(64 << i, 2 if i and not j else 1) for j in range(depth)))
+        for i, depth in enumerate(depths)
+    }
+
+
+def stem(init: Initializer = he) -> Layer:
+    """Table 1: a 7x7 convolution and a pool, each with stride 2."""
+    return serial(conv=conv(64, 7, 2, init=init), norm=batch_norm(), relu=relu, pool=max_pool(3, 2, 1))
+
+
+def network(
+    block: Callable[[int, int], Layer],
+    depths: Sequence[int],
+    *,
+    num_classes: int = 1000,
+    dropout: float = 0.0,
+    init: Initializer = he,
+) -> Layer:
+    """The network of table 1 with blocks of any kind, so that a new residual network is one expression.
+
+    >>> from purecnn.layers import stochastic_depth
+    >>> from purecnn.zoo.senet import excited
+    >>> def seresnext_with_stochastic_depth(w, stride):
+    ...     branch = bottleneck((2 * w, 2 * w, 4 * w), (1, stride), groups=32)
+    ...     return residual(stochastic_depth(excited(branch, 4 * w, 16), 0.2), projection(4 * w, stride))
+    >>> layer = network(seresnext_with_stochastic_depth, (3, 4, 6, 3))
+
+    Args:
+        block: ``block(width, stride)``.
+        depths: blocks in each stage.
+        num_classes: outputs of the head.
+        dropout: rate before the head.
+        init: initialisation of the stem's weights.
+    """
+    head = serial(global_avg_pool, layers.dropout(dropout), linear=linear(num_classes))
+    return serial(stem=stem(init), **stages(block, depths), head=head)
 
 
 def resnet(
@@ -99,23 +135,31 @@ def resnet(
     """Table 1 of the paper.
 
     Args:
-        block: `basic` or `bottleneck`.
+        block: of figure 5: ``"basic"`` on the left, for ResNet-18 and 34, or ``"bottleneck"`` on the right.
         depths: blocks in each stage.
         num_classes: outputs of the head.
-        groups: cardinality (ResNeXt).
+        groups: cardinality (ResNeXt); of bottlenecks only.
         width_per_group: channels of a group in the first stage's bottlenecks; 128 doubles the width (Wide ResNet).
+
+    Raises:
+        ValueError: if basic blocks are to have other groups or widths.
     """
-    stages = {
-        f"stage{i + 1}": numbered(
-            *(BLOCKS[block](64 << i, 2 if i and not j else 1, groups, width_per_group) for j in range(depth))
-        )
-        for i, depth in enumerate(depths)
-    }
-    return serial(
-        stem=serial(conv=conv(64, 7, 2, init=he), norm=batch_norm(), relu=relu, pool=max_pool(3, 2, 1)),
-        **stages,
-        head=serial(global_avg_pool, linear=linear(num_classes)),
-    )
+    if block == "basic" and (groups, width_per_group) != (1, 64):
+        raise ValueError(f"a basic block has groups=1 and width_per_group=64, found {groups} and {width_per_group}")
+
+    def basic(width: int, stride: int) -> Layer:
+        branch = serial(
+            conv1=conv(width, 3, stride, init=he), norm1=batch_norm(), relu1=relu,
+            conv2=conv(width, 3, init=he), norm2=batch_norm(),
+        )  # fmt: skip
+        return residual(branch, projection(width, stride))
+
+    def deep(width: int, stride: int) -> Layer:
+        inner = width * width_per_group // 64 * groups
+        branch = bottleneck((inner, inner, 4 * width), (1, stride), groups=groups)
+        return residual(branch, projection(4 * width, stride))
+
+    return network(basic if block == "basic" else deep, depths, num_classes=num_classes)
 
 
 def paper_law(path: str, shape: tuple[int, ...]) -> Initializer | float | None:

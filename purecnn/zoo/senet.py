@@ -25,8 +25,7 @@ from purecnn.layers import (
     squeeze_excitation,
 )
 from purecnn.paper import Group, Paper, Published, Variant
-from purecnn.zoo.resnet import he, projection
-from purecnn.zoo.resnet_v1 import bottleneck, network, residual, stages
+from purecnn.zoo.resnet import bottleneck, he, network, projection, residual, stages
 
 PAPER = Paper(
     "Squeeze-and-Excitation Networks",
@@ -65,7 +64,7 @@ def seresnet(
 
     def block(width: int, stride: int) -> Layer:
         inner = width * width_per_group // 64 * groups
-        branch = bottleneck((inner, inner, 4 * width), (1, stride), groups=groups, init=he)
+        branch = bottleneck((inner, inner, 4 * width), (1, stride), groups=groups)
         return residual(excited(branch, 4 * width, reduction), projection(4 * width, stride))
 
     return network(block, depths, num_classes=num_classes, dropout=dropout)
@@ -90,7 +89,7 @@ def senet(
     """
 
     def block(width: int, stride: int) -> Layer:
-        branch = bottleneck((2 * width, 4 * width, 4 * width), (1, stride), groups=groups, init=he)
+        branch = bottleneck((2 * width, 4 * width, 4 * width), (1, stride), groups=groups)
         wide = serial(conv=conv(4 * width, 3, stride, init=he), norm=batch_norm())
         return residual(excited(branch, 4 * width, reduction), projection(4 * width, 1) if stride == 1 else wide)
 
