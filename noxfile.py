@@ -1,4 +1,4 @@
-"""The project's chores. ``nox`` runs what CI runs; ``nox -s bench`` and ``nox -s verify`` are on demand."""
+"""The project's tasks. ``nox`` runs what CI runs; ``nox -s NAME`` runs wide, peers, bench or verify on demand."""
 
 import shutil
 import subprocess
@@ -26,14 +26,14 @@ GROUPS = _group("test")
 
 @nox.session(python=PYTHONS or None)
 def tests(session: nox.Session) -> None:
-    """All tests, in two processes; ``nox -s tests -- -k rules`` runs some."""
+    """All tests except slow ones and examples, in two processes; ``nox -s tests -- -k rules`` runs some of them."""
     session.install(".", *GROUPS)
     session.run("pytest", "-n", "2", "--dist", "worksteal", "--ignore", "tests/test_docs.py", *session.posargs)
 
 
 @nox.session
 def wide(session: nox.Session) -> None:
-    """The tests marked slow as well, and ten times the examples of every hypothesis law."""
+    """All tests, including the slow ones, with ten times as many examples of every hypothesis law."""
     session.install(".", *GROUPS)
     session.env["HYPOTHESIS_PROFILE"] = "wide"
     everything = ("pytest", "-m", "", *session.posargs)
@@ -43,7 +43,7 @@ def wide(session: nox.Session) -> None:
 
 @nox.session
 def peers(session: nox.Session) -> None:
-    """Everything that is compared with other libraries, beside those: networks, gradients, curvature, explanations."""
+    """Comparisons with other libraries, which are installed: networks, gradients, curvature, explanations."""
     session.install(".[privacy]", *GROUPS, "pytorchcv", "timm")
     session.run("pytest", "tests/test_peers.py", *session.posargs)
     session.install(
@@ -56,7 +56,7 @@ def peers(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Style and common mistakes."""
+    """Check style and common mistakes."""
     session.install(*_group("lint"))
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
@@ -64,27 +64,27 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Types of both packages, strictly."""
+    """Check the types of both packages, strictly."""
     session.install(".", *_group("types"))
     session.run("mypy")
 
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Runs every example: in the docstrings, the README and the pages of ``docs``."""
+    """Run every example in the docstrings, the README and the pages of ``docs``."""
     session.install(".", *GROUPS)
     session.run("pytest", "-n", "2", "tests/test_docs.py", *session.posargs)
 
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """The races against other libraries; the figures go to ``docs/benchmarks.md``."""
+    """Benchmarks against other libraries; the results go to ``docs/benchmarks.md``."""
     session.install(".", "opacus", "jax", "optax", "torchopt")
     session.run("python", "-m", "tests.benchmarks", *session.posargs)
 
 
 @nox.session
 def verify(session: nox.Session) -> None:
-    """Every model against torchvision's, bit for bit."""
+    """Compare every model that torchvision has with torchvision's, bit for bit."""
     session.install(".")
     session.run("purecnn", "verify", "--all", *session.posargs)

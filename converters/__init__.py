@@ -1,3 +1,3 @@
-"""From trees to files and to other libraries, and back; and the command line."""
+"""Conversion between trees and files or other libraries, and the command line."""
 
 from converters import checkpoint as checkpoint

@@ -1,8 +1,8 @@
 """The command line: ``purecnn list | inspect | train | evaluate | predict | convert | export | verify |
 explain | recipe``.
 
-It stands on top of both packages and is the one place that looks at the world: arguments, files and screen.
-Exit codes: 0 done, 1 failed, 2 misused.
+It is built on both packages; arguments, files and the screen are handled here and in the modules that it uses.
+Exit codes: 0 success, 1 failure, 2 misuse of the command line.
 """
 
 import ctypes
@@ -17,8 +17,8 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Annotated, Any
 
-# Threads that spin while they wait slow small networks tenfold where other programs want the cores too. OpenMP
-# looks at this as torch loads, so it comes first.
+# By default OpenMP's threads spin while they wait, which slows small networks tenfold where other programs use the same
+# cores. OpenMP reads this variable when torch is imported, so it is set before.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
@@ -61,7 +61,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
-    help="The whole evolution of CNN architectures, as pure functions.",
+    help="CNN architectures from the whole history of the field, as pure functions.",
 )
 app.command()(train)
 app.command("export")(export_command)
@@ -116,7 +116,7 @@ def list_command(
 
 
 ELSEWHERE = {"timm": timm.NAMES, "pytorchcv": pytorchcv.NAMES}
-"""Other libraries that publish weights, and their names of them."""
+"""Other libraries that publish weights, and their names for them."""
 
 
 def _scored(name: str, scores: dict[str, float]) -> str:
@@ -125,9 +125,9 @@ def _scored(name: str, scores: dict[str, float]) -> str:
 
 
 def timeline(names: Iterable[str]) -> list[dict[str, Any]]:
-    """A row for each model, by year and then by the first group: where it comes from, its size, and how well it did.
+    """A row for each model, sorted by year and then by its first group: its paper, its size and its published result.
 
-    The published result is the paper's where the zoo has one, else that of torchvision's weights.
+    The published result is the one recorded in the zoo; if there is none, that of torchvision's weights.
     """
     rows: list[dict[str, Any]] = []
     for name in names:
@@ -170,19 +170,19 @@ def _list_timeline(names: list[str], as_json: bool) -> None:
             cells += [f"{best['value']} {best['metric']}", best["data"], best["source"]]
         result.add_row(*cells)
     screen.print(result)
-    screen.print("* the survey of the groups, arXiv:1901.06032, does not have it", soft_wrap=True)
+    screen.print("* not in the survey that defines the groups, arXiv:1901.06032", soft_wrap=True)
 
 
 @app.command()
 def inspect(
     model: ModelName,
-    depth: Annotated[int, typer.Option(min=1, help="Levels of names to show.")] = 2,
+    depth: Annotated[int, typer.Option(min=1, help="Number of name levels to show.")] = 2,
     classes: Annotated[int | None, typer.Option(min=1, help="Number of classes.")] = None,
     channels: Annotated[int | None, typer.Option(min=1, help="Channels of the images.")] = None,
-    image_size: Annotated[int | None, typer.Option(min=1, help="Side of the images, pixels.")] = None,
+    image_size: Annotated[int | None, typer.Option(min=1, help="Height and width of the images in pixels.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show a network's tree: output shapes, parameters and multiplications of every stage."""
+    """Show a network's tree: output shape, parameters and multiplications of every stage and layer."""
     settings = {} if classes is None else {"num_classes": classes}
     network = create(model, in_channels=channels, image_size=image_size, **settings)
     whole, *rows = summarize(network)
@@ -208,7 +208,7 @@ def inspect(
 
 
 def _parents_first(rows: list[Any]) -> list[Any]:
-    """`summarize` lists layers as they end, children before parents; here each parent goes first."""
+    """Put each parent before its children; `summarize` lists layers as they finish, children first."""
     result: list[Any] = []
     for row in rows:
         children = next((i for i, other in enumerate(result) if other.path.startswith(f"{row.path}.")), len(result))
@@ -218,9 +218,13 @@ def _parents_first(rows: list[Any]) -> list[Any]:
 
 @app.command()
 def evaluate(
-    source: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint, or weights with --model.")],
+    source: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint or a run's folder; other weights with --model.")
+    ],
     data_name: Data = "digits",
-    model: Annotated[str | None, typer.Option("--model", help="Of weights that do not say it themselves.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Name of the model, if the weights do not say it.")
+    ] = None,
     batch_size: BatchSize = 64,
     root: Root = None,
     skip_bad: SkipBad = False,
@@ -228,7 +232,7 @@ def evaluate(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Evaluate a network on the held-out split of a data set."""
+    """Evaluate a network on the test split of a data set."""
     where = pick_device(device)
     dataset = load_data(data_name, root, skip_bad)
     found = load_source(source, model)
@@ -261,23 +265,28 @@ def evaluate(
 
 @app.command()
 def predict(
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Pictures, or folders of them.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Images, or folders of images.")],
     source: Annotated[
         str,
         typer.Option("--from", help="A checkpoint; with --model a file in torchvision's names, DEFAULT, or timm:NAME."),
     ] = "DEFAULT",
-    model: Annotated[str | None, typer.Option("--model", help="Of weights that do not say it themselves.")] = None,
-    top: Annotated[int, typer.Option(min=1, help="How many answers.")] = 5,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Name of the model, if the weights do not say it.")
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="Number of classes to show, most probable first.")] = 5,
     out: Annotated[
-        Path, typer.Option(callback=writable, help="Folder for the pictures with the answers on them.")
+        Path, typer.Option(callback=writable, help="Folder for the images with the answers drawn beside them.")
     ] = Path("predictions"),
     as_json: AsJson = False,
 ) -> None:
-    """Say what is in pictures, and draw the answers beside them."""
+    """Classify images, and draw the answers beside them."""
     images = pictures_of(images)
     found = load_source(source, model)
     if found.preprocessing is None:
-        raise ConversionError(f"{source} does not say how its images are prepared; train or convert it first")
+        raise ConversionError(
+            f"{source} has no preprocessing, so it does not say how its images are prepared; use a checkpoint that has "
+            "it, such as that of a training run"
+        )
     classes = found.classes or tuple(f"class {i}" for i in range(found.model.num_classes))
     transform = found.preprocessing.evaluation()
     targets = [out / f"{name}-prediction.png" for name in _unique(path.stem for path in images)]
@@ -288,7 +297,7 @@ def predict(
         with torch.no_grad():
             logits, _ = found.model.apply(found.params, found.state, transform(image)[None])
         if not logits.isfinite().all():
-            raise ConversionError(f"{found.model.name} gives logits that are not finite for {path}: see the weights")
+            raise ConversionError(f"{found.model.name}'s logits are not finite for {path}: check the weights")
         best = found.model.probabilities(logits)[0].topk(min(top, len(classes)))
         answers = [(classes[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
         pictures.prediction(image, answers, target)
@@ -311,15 +320,15 @@ def predict(
 
 
 def _keep(targets: Iterable[Path], inputs: Iterable[Path]) -> None:
-    """That nothing is written over what is read."""
+    """Check that no input would be overwritten."""
     read = {path.resolve() for path in inputs}
     for target in targets:
         if target.resolve() in read:
-            raise typer.BadParameter(f"{target} is read, and would be overwritten", param_hint="--out")
+            raise typer.BadParameter(f"{target} is an input and would be overwritten", param_hint="--out")
 
 
 def _unique(stems: Iterable[str]) -> list[str]:
-    """Pictures in different folders may be called the same: ``x``, ``x-2``, ``x-3``, in the order given."""
+    """Make names unique, since images in different folders may share one: ``x``, ``x-2``, ``x-3``, in order."""
     names: list[str] = []
     for stem in stems:
         choices = chain([stem], (f"{stem}-{i}" for i in count(2)))
@@ -328,7 +337,7 @@ def _unique(stems: Iterable[str]) -> list[str]:
 
 
 class FormatName(StrEnum):
-    """Whose names a file of weights has."""
+    """The library whose names a file of weights uses."""
 
     purecnn = "purecnn"
     torchvision = "torchvision"
@@ -338,18 +347,20 @@ class FormatName(StrEnum):
 def convert(
     source: Annotated[str, typer.Argument(help="A checkpoint, a file in torchvision's names, DEFAULT, or timm:NAME.")],
     target: Annotated[Path, typer.Argument(help="The file to write: .safetensors, or .pth with --to torchvision.")],
-    model: Annotated[str | None, typer.Option("--model", help="Of weights that do not say it themselves.")] = None,
-    entry: Annotated[
-        str | None, typer.Option(help="Of a file that holds several state_dicts, such as model_ema: which.")
+    model: Annotated[
+        str | None, typer.Option("--model", help="Name of the model, if the weights do not say it.")
     ] = None,
-    to: Annotated[FormatName, typer.Option(help="Whose names the file has.")] = FormatName.purecnn,
+    entry: Annotated[
+        str | None, typer.Option(help="Which state_dict to take from a file with several, such as model_ema.")
+    ] = None,
+    to: Annotated[FormatName, typer.Option(help="Format to write.")] = FormatName.purecnn,
 ) -> None:
     """Convert torchvision's weights to a checkpoint, or a checkpoint to torchvision's state_dict."""
     if target.exists():
-        raise typer.BadParameter(f"{target} exists: nothing is overwritten", param_hint="TARGET")
+        raise typer.BadParameter(f"{target} exists and is not overwritten: choose another name", param_hint="TARGET")
     if to is FormatName.purecnn and target.suffix != ".safetensors":
         raise typer.BadParameter(
-            f"a checkpoint ends in .safetensors; if {target} is to be a state_dict, say --to torchvision",
+            f"a checkpoint's name ends in .safetensors; to write a state_dict to {target}, add --to torchvision",
             param_hint="TARGET",
         )
     writable(target.parent)
@@ -372,13 +383,13 @@ def convert(
 @app.command()
 def verify(
     models: Annotated[list[str] | None, typer.Argument(metavar="[MODEL...]", help="Names or patterns.")] = None,
-    everything: Annotated[bool, typer.Option("--all", help="All that torchvision has too.")] = False,
-    image_size: Annotated[int, typer.Option(min=64, help="Side of the random images, pixels.")] = 96,
+    everything: Annotated[bool, typer.Option("--all", help="Every model that torchvision has too.")] = False,
+    image_size: Annotated[int, typer.Option(min=64, help="Height and width of the random images in pixels.")] = 96,
     as_json: AsJson = False,
 ) -> None:
-    """Prove that models equal torchvision's bit for bit, and that weights go both ways unchanged."""
+    """Check that models equal torchvision's bit for bit, and that weights survive conversion both ways unchanged."""
     if bool(models) == everything:
-        raise typer.BadParameter("name models, or say --all", param_hint="MODEL")
+        raise typer.BadParameter("give either model names or --all", param_hint="MODEL")
     known = [name for name in purecnn.list_models() if tv.has(purecnn.create(name))]
     names = known if everything else [name for pattern in models or [] for name in _matching(pattern)]
     words: dict[Any, str | Text] = {True: "equal", False: Text("differs", "red"), None: "-"}
@@ -398,8 +409,8 @@ def verify(
         screen.print(f"{equal} of {len(reports)} models equal torchvision's bit for bit")
         if any(report.model.startswith("efficientnet") for report in reports):
             screen.print(
-                "gradients are torch.autograd's; under torch.func.grad torch itself differentiates SiLU by another "
-                "formula, and EfficientNet's differ in the last digits"
+                "gradients were compared under torch.autograd; under torch.func.grad PyTorch differentiates SiLU by "
+                "another formula, so EfficientNet's gradients differ in the last digits"
             )
     if not all(report.equal for report in reports):
         raise typer.Exit(1)
@@ -411,16 +422,18 @@ def _matching(pattern: str) -> list[str]:
 
 @app.command()
 def explain(
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Pictures, or folders of them.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Images, or folders of images.")],
     source: Annotated[
         str,
         typer.Option("--from", help="A checkpoint; with --model a file in torchvision's names, DEFAULT, or timm:NAME."),
     ] = "DEFAULT",
-    model: Annotated[str | None, typer.Option("--model", help="Of weights that do not say it themselves.")] = None,
-    method: Annotated[
-        list[explaining.MethodName] | None, typer.Option(help="How; may be given several times. By default all.")
+    model: Annotated[
+        str | None, typer.Option("--model", help="Name of the model, if the weights do not say it.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="The picture, a row for each image.")] = Path("explanation.png"),
+    method: Annotated[
+        list[explaining.MethodName] | None, typer.Option(help="Method; may be given several times. By default all.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The .png to write, with a row for each image.")] = Path("explanation.png"),
     as_json: AsJson = False,
 ) -> None:
     """Draw where a network looks: Grad-CAM, integrated gradients, SmoothGrad, input gradients."""
@@ -449,9 +462,9 @@ def explain(
 
 
 def keep_memory() -> None:
-    """Have the C library keep freed memory: to get it from the system again costs a network a quarter of its time.
+    """Make the C library keep freed memory: requesting it from the system again takes a quarter of a network's time.
 
-    glibc alone has this; elsewhere nothing happens.
+    Only glibc has this setting; elsewhere nothing happens.
     """
     with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -462,16 +475,16 @@ def keep_memory() -> None:
 def main() -> None:
     """The ``purecnn`` command."""
     keep_memory()
-    gc.freeze()  # what was imported stays: it need not be looked through again and again
+    gc.freeze()  # imported objects stay alive, so the collector need not scan them again and again
     try:
         app()
     except (ArithmeticError, ImportError, OSError, RuntimeError, ValueError) as error:
-        # One paragraph; where in the network it happened is in the notes.
+        # One paragraph; the notes say where in the network it happened.
         words = [str(error), *getattr(error, "__notes__", [])]
         notes.print(Text.assemble(("error:", "red"), " ", "; ".join(words)), soft_wrap=True)
         sys.exit(1)
     finally:
-        gc.unfreeze()  # else Triton 3.9, which PyTorch 2.15 brings, complains at the end that nobody tidied up
+        gc.unfreeze()  # else Triton 3.9, which comes with PyTorch 2.15, complains at exit about missing clean-up
 
 
 if __name__ == "__main__":

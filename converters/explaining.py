@@ -1,4 +1,4 @@
-"""What a network with weights looks at in pictures: the work of ``purecnn explain``."""
+"""Explain a network's answers to images: the work of ``purecnn explain``."""
 
 from collections.abc import Sequence
 from enum import StrEnum
@@ -14,7 +14,7 @@ from purecnn import explain, random
 
 
 class MethodName(StrEnum):
-    """How to explain."""
+    """Methods of explanation."""
 
     grad_cam = "grad-cam"
     integrated = "integrated"
@@ -31,35 +31,37 @@ TITLES = {
 
 
 class Explained(NamedTuple):
-    """A picture, the answer to it, and the reasons."""
+    """An image, the network's answer to it, and the explanations."""
 
     seen: Image.Image
-    """What the network saw of it."""
+    """The part of the image that the network saw, after preprocessing."""
     answer: str
-    """The likeliest class."""
+    """The most probable class."""
     probability: float
     maps: dict[MethodName, Tensor]
-    """(height, width), at least 0, covering what it saw. Of methods that explain channels too, the sum of their
-    magnitudes."""
+    """One map per method, (height, width), at least 0, covering what the network saw. Methods that explain each channel
+    are summed over channels, by magnitude."""
     gap: float | None
-    """By how much integrated gradients, if asked for, miss the logit's difference from the mean colour's."""
+    """For integrated gradients: their sum minus the difference between the logits of this image and of an image of the
+    mean colour; None if they were not asked for."""
 
     def to_dict(self) -> dict[str, Any]:
-        """As values that JSON can hold; of each map, where in the picture the network saw it is the largest."""
+        """As values for JSON; each map is given by the position of its largest value in the image that was seen."""
         result: dict[str, Any] = {"class": self.answer, "probability": self.probability}
         result["peaks"] = {method.value: _peak(heat) for method, heat in self.maps.items()}
         return result if self.gap is None else {**result, "integrated_gap": self.gap}
 
 
 def explain_picture(source: Source, image: Image.Image, methods: Sequence[MethodName]) -> Explained:
-    """Explain the likeliest class of one picture; noise is drawn from ``random.key(0)``.
+    """Explain the most probable class of one image; noise is drawn from ``random.key(0)``.
 
     Raises:
-        ConversionError: if nobody knows how pictures are prepared for the network.
+        ConversionError: if the source does not say how images are preprocessed for the network.
     """
     if source.preprocessing is None:
         raise ConversionError(
-            f"{source.model.name}: the weights do not say how images are prepared; convert them first"
+            f"{source.model.name}: the weights come without preprocessing, so images cannot be prepared for them; "
+            "use a checkpoint that has it, such as that of a training run"
         )
     x = source.preprocessing.evaluation()(image)[None]
     network = source.model, source.params, source.state
@@ -89,6 +91,6 @@ def explain_picture(source: Source, image: Image.Image, methods: Sequence[Method
 
 
 def _peak(heat: Tensor) -> list[float]:
-    """From left and from top, as shares of width and height."""
+    """Position of the largest value, from the left and from the top, as fractions of width and height."""
     row, column = divmod(int(heat.argmax()), heat.shape[1])
     return [(column + 0.5) / heat.shape[1], (row + 0.5) / heat.shape[0]]

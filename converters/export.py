@@ -3,11 +3,11 @@
     whole = program(model, params, state)            # a batch of images of any size -> logits
     save_onnx("model.onnx", whole)                   # for ONNX Runtime and others
     save_program("model.pt2", whole)                 # for torch.export.load, ExecuTorch and others
-    package("step.pt2", step, train_state, batch)    # compiled: nothing is traced any more when it is loaded
+    package("step.pt2", step, train_state, batch)    # compiled: loading it traces and compiles nothing
     step = load("step.pt2")
 
-Everything here is pure functions, so what a file does is what the function did, down to the gradients and the update of
-a training step.
+Since the exported functions are pure, a file computes what the function computed, including the gradients and the
+update of a training step.
 """
 
 import io
@@ -35,18 +35,19 @@ from purecnn.tree import Tree
 Notes: TypeAlias = Mapping[str, str]
 
 _ABOUT = "purecnn"
-"""Where a package's metadata hold the names of what goes in and comes out."""
+"""The metadata key under which a package stores the names of its inputs and outputs."""
 
-# A package is compiled once, so headers compiled in advance do not pay, and its wrapper only calls what does the work.
+# A package is compiled once, so precompiled headers do not pay off, and its wrapper only calls kernels, so optimising
+# it gains nothing.
 _OPTIONS: dict[str, Any] = {"aot_inductor.precompile_headers": False, "aot_inductor.compile_wrapper_opt_level": "O0"}
 
 
 class ExportError(ValueError):
-    """A function cannot be exported, or a package is called with other arguments than it was made for."""
+    """A function cannot be exported, or a package is called with arguments that it was not made for."""
 
 
 class _Called(nn.Module):
-    """torch.export takes modules alone."""
+    """A function as a module, since torch.export accepts only modules."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__()
@@ -57,9 +58,9 @@ class _Called(nn.Module):
 
 
 def program(model: Model, params: Tree, state: Tree, *, image_size: int | None = None) -> ExportedProgram:
-    """A network in evaluation, weights inside: images (batch, channels, height, width) to logits (batch, classes).
+    """A network with its weights, in evaluation: images (batch, channels, height, width) to logits (batch, classes).
 
-    The batch is open, height and width are ``image_size``, by default the model's. Logits equal those of
+    The batch may have any size; height and width are ``image_size``, by default the model's. The logits equal those of
     ``model.apply`` bit for bit.
 
     >>> import purecnn
@@ -78,14 +79,14 @@ def program(model: Model, params: Tree, state: Tree, *, image_size: int | None =
 
 
 def example(model: Model, params: Tree, image_size: int | None = None) -> Tensor:
-    """Two images of zeros as a network takes them: of its size, and of its parameters' type and device."""
+    """An example input: two images of zeros, of the network's size and of its parameters' dtype and device."""
     weight = next(leaf for leaf in _leaves((params,)).values() if leaf.is_floating_point())
     size = image_size or model.image_size
     return weight.new_zeros(2, model.in_channels, size, size)
 
 
 class _Watch(TorchFunctionMode):
-    """Whether anything was computed inside of a transformation."""
+    """Records whether anything was computed inside one of torch.func's transformations."""
 
     transformed = False
 
@@ -95,33 +96,35 @@ class _Watch(TorchFunctionMode):
 
 
 def _open(function: Callable[..., Any], arguments: tuple[Tensor, ...]) -> ExportedProgram:
-    """The function's program, whose arguments may have any number of rows.
+    """Export the function with a first axis of any size in all arguments.
 
-    torch.export writes down what happens before the transformations are carried out, and loses them silently.
+    torch.export traces operations before torch.func's transformations are applied, and silently loses these, so
+    functions that use them are refused.
     """
     batch = Dim("batch")
     with torch.no_grad():
         with _Watch() as watch:
             function(*arguments)
         if watch.transformed:
-            raise ExportError("a batch of open size is for functions without torch.func's transformations inside")
+            raise ExportError("a batch of any size is only for functions without torch.func's transformations inside")
         shapes = (tuple({0: batch} for _ in arguments),)
         return torch.export.export(_Called(function), arguments, dynamic_shapes=shapes, strict=False)
 
 
 def save_program(path: str | os.PathLike[str], program: ExportedProgram, notes: Notes | None = None) -> None:
-    """Write a program for ``torch.export.load``, wholly or not at all.
+    """Write a program for ``torch.export.load``, atomically: the whole file or nothing.
 
     Args:
-        path: the file, ``.pt2``; what is there is replaced.
-        program: of `program`, or of ``torch.export.export``.
-        notes: texts to keep in the file, by names such as ``"classes"``: ``torch.export.load(path, extra_files=...)``.
+        path: the file, ``.pt2``; an existing one is replaced.
+        program: from `program` or ``torch.export.export``.
+        notes: texts to store in the file, by names such as ``"classes"``; ``torch.export.load(path, extra_files=...)``
+            reads them.
 
     Raises:
         FileError: if the name has another ending.
     """
     _check_ending(path, ".pt2")
-    # By way of memory: where a disk is full, torch would not raise but abort.
+    # Save to memory first: on a full disk torch would abort instead of raising.
     held = io.BytesIO()
     torch.export.save(program, held, extra_files=dict(notes or {}))
     with replacing(path) as file, held.getbuffer() as view:
@@ -129,14 +132,14 @@ def save_program(path: str | os.PathLike[str], program: ExportedProgram, notes: 
 
 
 def save_onnx(path: str | os.PathLike[str], program: ExportedProgram, notes: Notes | None = None) -> None:
-    """Write a network for ONNX Runtime and others, wholly or not at all: ``images`` to ``logits``.
+    """Write a network for ONNX Runtime and others, atomically: the whole file or nothing.
 
-    The first axis of both is called ``batch``.
+    The input is named ``images``, the output ``logits``, and the first axis of both ``batch``.
 
     Args:
-        path: the file, ``.onnx``; what is there is replaced.
-        program: of `program`.
-        notes: texts to keep in the file's ``metadata_props``, by names such as ``"classes"``.
+        path: the file, ``.onnx``; an existing one is replaced.
+        program: from `program`.
+        notes: texts to store in the file's ``metadata_props``, by names such as ``"classes"``.
 
     Raises:
         FileError: if the name has another ending.
@@ -149,12 +152,12 @@ def save_onnx(path: str | os.PathLike[str], program: ExportedProgram, notes: Not
             (),
             input_names=["images"],
             output_names=["logits"],
-            dynamic_shapes=({0: "batch"},),  # the axis's name, which a program does not keep
+            dynamic_shapes=({0: "batch"},),  # the name of the axis, which a program does not store
             dynamo=True,
             verbose=False,
         )
     except ImportError as error:
-        raise ModuleNotFoundError("ONNX files need packages: pip install onnx onnxscript") from error
+        raise ModuleNotFoundError(f"{path}: writing ONNX needs packages: pip install onnx onnxscript") from error
     assert converted is not None
     converted.model.metadata_props.update(notes or {})
     with replacing(path) as file:
@@ -170,28 +173,29 @@ def package(
 ) -> None:
     """Compile a pure function ahead of time, for this kind of machine and version of torch, into a file for `load`.
 
-    Any function of tensors and of trees of them: a network, ``torch.func`` derivatives of it, a whole step of
-    `purecnn.step.make_step` (with ``donate=False``, since a package takes over no memory). By AOTInductor; tensors
-    that the function closes over lie in the file. Programs of C++ can run the file without Python
-    (``torch::inductor::AOTIModelPackageLoader``); its ``purecnn`` metadata name what goes in and comes out, in order.
+    The function takes and returns tensors or trees of tensors: a network, ``torch.func`` derivatives of it, or a whole
+    step of `purecnn.step.make_step` (with ``donate=False``, since a package does not reuse its inputs' memory).
+    AOTInductor compiles it; tensors that the function closes over are stored in the file. C++ programs can run the file
+    without Python (``torch::inductor::AOTIModelPackageLoader``); its ``purecnn`` metadata list the names of its inputs
+    and outputs in order.
 
     Args:
-        path: the file, ``.pt2``; what is there is replaced.
-        function: any; what it draws, it draws from a key among the arguments.
-        arguments: examples, which give the shapes and types.
-        open_batch: whether the first axis of every argument is a batch, of any size. For functions without
-            transformations of ``torch.func`` inside.
-        notes: texts to keep in the file's metadata, by names such as ``"classes"``.
+        path: the file, ``.pt2``; an existing one is replaced.
+        function: any pure function; random numbers must come from a key among its arguments.
+        arguments: examples that fix the shapes and dtypes.
+        open_batch: whether the first axis of every argument is a batch of any size. Only for functions without
+            ``torch.func`` transformations inside.
+        notes: texts to store in the file's metadata, by names such as ``"classes"``.
 
     Raises:
-        ExportError: if the function's arguments or results are not trees of tensors alone, each with a name of its own,
-            or the batch is to be open and there are transformations inside, or arguments of different first axes.
+        ExportError: if the function's arguments or results are not trees of tensors only, or two tensors share a name;
+            with ``open_batch``, if there are transformations inside, or the arguments' first axes differ in size.
         FileError: if the name has another ending.
     """
     _check_ending(path, ".pt2")
-    given = {name: leaf.contiguous() for name, leaf in _leaves(arguments).items()}  # as `load` hands them over
+    given = {name: leaf.contiguous() for name, leaf in _leaves(arguments).items()}  # as `load` passes them
     if not given:
-        raise ExportError("a package's function takes at least one tensor")
+        raise ExportError("the function of a package must take at least one tensor, found none in its arguments")
     if open_batch:
         _check_batch(given)
     results: Any = None
@@ -219,29 +223,29 @@ def package(
     }
     options = {**_OPTIONS, "aot_inductor.metadata": {**(notes or {}), _ABOUT: json.dumps(about)}}
     if all(leaf.is_cpu for leaf in tensors):
-        # In evaluation, tensors of the function's own are put into the form that is fastest, once.
+        # Without a backward pass, freezing converts the function's own tensors once to the fastest layout.
         options |= NO_LAYOUT if _is_backward(whole) else {"freezing": True}
     with replacing(path) as file, torch.no_grad():
         torch._inductor.aoti_compile_and_package(whole, package_path=str(file), inductor_configs=options)
 
 
 def _is_backward(program: ExportedProgram) -> bool:
-    """Whether convolutions are differentiated in it."""
+    """Whether the program computes gradients of convolutions."""
     return any(node.target is torch.ops.aten.convolution_backward.default for node in program.graph.nodes)
 
 
 def load(path: str | os.PathLike[str]) -> Callable[..., Any]:
-    """The function of a file of `package`; nothing is traced or compiled.
+    """Load the function from a file that `package` wrote; nothing is traced or compiled.
 
-    A package is machine code: read only files that you trust.
+    A package is machine code: load only files that you trust.
 
     Returns:
-        A function of arguments like the examples. Named tuples, such as a train state, come back as tuples:
-        ``TrainState(*result)``. It raises `ExportError` if the arguments have other names, shapes, types or devices, or
-        somebody differentiates or maps it: what is to be differentiated belongs into the package.
+        A function that takes arguments like the examples. Named tuples, such as a train state, are returned as plain
+        tuples: ``TrainState(*result)``. It raises `ExportError` if the arguments have other names, shapes, dtypes or
+        devices, or if it is differentiated or mapped: put the derivative into the package instead.
 
     Raises:
-        FileError: if the file is missing, damaged or of another kind.
+        FileError: if the file is missing, damaged or not a package for this machine and version of torch.
     """
     if not Path(path).is_file():
         raise FileError(f"{path} does not exist")
@@ -251,7 +255,7 @@ def load(path: str | os.PathLike[str]) -> Callable[..., Any]:
         template, expected, results = about["arguments"], about["tensors"], about["results"]
     except (RuntimeError, KeyError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise FileError(f"{path} is no package for this machine and torch {torch.__version__}: {reason}") from error
+        raise FileError(f"{path} is not a package for this machine and torch {torch.__version__}: {reason}") from error
     shapes = [tuple(each["shape"]) for each in expected]
     dtypes = [getattr(torch, each["dtype"].removeprefix("torch.")) for each in expected]
     devices = [each["device"] for each in expected]
@@ -260,10 +264,13 @@ def load(path: str | os.PathLike[str]) -> Callable[..., Any]:
 
     def run(*arguments: Any) -> Any:
         tensors: list[Tensor] = []
-        # What follows is all that a call costs on the host; why something does not fit is found out afterwards.
+        # This is the whole cost of a call on the host; the reason for a mismatch is worked out only afterwards.
         if not (read(arguments, tensors) and all(isinstance(leaf, Tensor) for leaf in tensors)):
             different = {each["name"] for each in expected} ^ _leaves(arguments).keys()
-            raise ExportError(f"the package in {path} was made for other tensors: {', '.join(sorted(different)[:5])}")
+            raise ExportError(
+                f"the package in {path} was made for other tensors; missing or unexpected: "
+                f"{', '.join(sorted(different)[:5])}"
+            )
         if [leaf.dtype for leaf in tensors] != dtypes or [leaf.shape for leaf in tensors] != shapes:
             for leaf, each, shape, dtype in zip(tensors, expected, shapes, dtypes, strict=True):
                 _check(each["name"], leaf, shape, dtype)
@@ -275,7 +282,7 @@ def load(path: str | os.PathLike[str]) -> Callable[..., Any]:
             raise ExportError(
                 f"the package in {path} is machine code, which cannot be differentiated, mapped or traced"
             )
-        # The code goes through memory without a look at strides.
+        # The compiled code ignores strides.
         if not all(map(Tensor.is_contiguous, tensors)):
             tensors = list(map(Tensor.contiguous, tensors))
         return write(iter(compiled.loader.boxed_run(tensors)))
@@ -293,11 +300,11 @@ def _check(name: str, leaf: Tensor, shape: tuple[int | None, ...], dtype: torch.
 
 
 def _check_batch(tensors: Mapping[str, Tensor]) -> None:
-    """That an open batch is one number: machine code does not look."""
+    """Check that all arguments have the same batch size, since machine code does not."""
     sizes = {name: leaf.shape[0] if leaf.ndim else None for name, leaf in tensors.items()}
     if None in sizes.values() or len(set(sizes.values())) > 1:
         words = ", ".join(f"{name} has {'none' if size is None else size}" for name, size in sizes.items())
-        raise ExportError(f"the first axis of every argument is the batch, of one size: {words}")
+        raise ExportError(f"the first axis of every argument must be the batch, of one size: {words}")
 
 
 def _check_ending(path: str | os.PathLike[str], ending: str) -> None:
@@ -315,13 +322,13 @@ def _mapped(value: Any, function: Callable[[str, Tensor], Any], path: str = "") 
         return function(path, value)
     if isinstance(value, Mapping):
         if numbers := [name for name in value if not isinstance(name, str)]:
-            raise ExportError(f"a package's trees have names, found {numbers[0]!r} at {path!r}")
+            raise ExportError(f"the keys of a package's trees must be strings, found {numbers[0]!r} at {path!r}")
         return {name: inner(name, part) for name, part in value.items()}
     if isinstance(value, (tuple, list)):
         parts = [inner(i, part) for i, part in enumerate(value)]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     raise ExportError(
-        f"a package's function takes and gives tensors and trees of them, found {type(value).__name__} at {path!r}"
+        f"the function of a package takes and returns only trees of tensors, found {type(value).__name__} at {path!r}"
     )
 
 
@@ -331,7 +338,7 @@ def _leaves(value: Any) -> dict[str, Tensor]:
 
     def add(name: str, leaf: Tensor) -> None:
         if name in found:
-            raise ExportError(f"two of a package's tensors are called {name!r}")
+            raise ExportError(f"two of a package's tensors have the same name {name!r}")
         found[name] = leaf
 
     _mapped(value, add)
@@ -339,11 +346,11 @@ def _leaves(value: Any) -> dict[str, Tensor]:
 
 
 def _reader(template: Any) -> Callable[[Any, list[Any]], bool]:
-    """``read(tree, found)`` appends the leaves of a tree in the template's order; False if it has others.
+    """Make ``read(tree, found)``: it appends a tree's leaves in the template's order; False if the trees differ.
 
-    Made once, because a network has hundreds of leaves, and a call of it is to cost little.
+    It is made once, because a network has hundreds of leaves and a call has to be cheap.
     """
-    kinds = (dict, Mapping) if isinstance(template, dict) else (tuple, list)  # to ask for an abstract type takes longer
+    kinds = (dict, Mapping) if isinstance(template, dict) else (tuple, list)  # dict first: abstract types are slower
     names = list(template if isinstance(template, dict) else range(len(template)))
     inner = [(name, None if isinstance(template[name], str) else _reader(template[name])) for name in names]
 
@@ -364,7 +371,7 @@ def _reader(template: Any) -> Callable[[Any, list[Any]], bool]:
 
 
 def _writer(template: Any) -> Callable[[Iterator[Tensor]], Any]:
-    """``write(leaves)`` is the template's tree with leaves in place of names; lists are tuples."""
+    """Make ``write(leaves)``: it returns the template's tree with leaves in place of names, and tuples for lists."""
     if isinstance(template, str):
         return next
     if isinstance(template, dict):

@@ -1,4 +1,4 @@
-"""The command ``purecnn export``: a network as a file that other programs run, and the proof that it is the same."""
+"""The command ``purecnn export``: write a network for other programs, and check that the file gives its logits."""
 
 import json
 import warnings
@@ -23,30 +23,36 @@ from purecnn.tree import Tree
 Run: TypeAlias = Callable[[Tensor], Tensor]
 
 _BOUND = 1e-3
-"""How far a file's logits may be from the network's, in shares of the largest; another order of sums makes 1e-5."""
+"""How far a file's logits may differ from the network's, relative to the largest logit; summing in another order alone
+makes a difference of 1e-5."""
 
 
 def export_command(
     source: Annotated[
-        str, typer.Argument(help="A checkpoint or a run's folder; with --model weights, DEFAULT, or timm:NAME.")
+        str, typer.Argument(help="A checkpoint or a run's folder; with --model other weights, DEFAULT, or timm:NAME.")
     ],
     target: Annotated[Path, typer.Argument(help="The file to write: .onnx, or .pt2 for torch.export.")],
-    model: Annotated[str | None, typer.Option("--model", help="Of weights that do not say it themselves.")] = None,
-    compiled: Annotated[bool, typer.Option("--compile", help="Machine code in the .pt2, for this machine.")] = False,
-    image_size: Annotated[int | None, typer.Option(min=1, help="Side of the images, pixels; else the model's.")] = None,
-    fold: Annotated[bool, typer.Option("--fold", help="Normalisations in their convolutions, to be faster.")] = False,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Name of the model, if the weights do not say it.")
+    ] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile the .pt2 for this kind of machine.")] = False,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Height and width of the images in pixels; by default the model's.")
+    ] = None,
+    fold: Annotated[bool, typer.Option("--fold", help="Fold normalisations into convolutions, for speed.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a network as ONNX or for torch.export: a batch of any size to logits; then run the file and compare.
+    """Write a network as ONNX or for torch.export (a batch of any size to logits), then run the file and compare.
 
-    The file keeps the names of the classes and how pictures are prepared. If its logits are others, there is none.
+    The file's metadata hold the class names and the preprocessing. If its logits differ from the network's by more
+    than 0.001 of the largest, no file is left.
     """
     if target.suffix not in (".onnx", ".pt2"):
         raise typer.BadParameter(f"{target} should end in .onnx or .pt2", param_hint="TARGET")
     if target.exists():
-        raise typer.BadParameter(f"{target} exists: nothing is overwritten", param_hint="TARGET")
+        raise typer.BadParameter(f"{target} exists and is not overwritten: choose another name", param_hint="TARGET")
     if compiled and target.suffix == ".onnx":
-        raise typer.BadParameter("an .onnx file is not compiled: name a .pt2 file", param_hint="--compile")
+        raise typer.BadParameter("an .onnx file is not compiled: choose a .pt2 file", param_hint="--compile")
     writable(target.parent)
     found = load_source(source, model)
     network = found.model, found.params, found.state
@@ -61,10 +67,10 @@ def export_command(
         else:
             export.save_onnx(file, export.program(*written, image_size=image_size), about)
         difference = _difference(_reader(file, compiled), _logits(*network), images.shape[1:])
-        if difference is not None and not difference <= _BOUND:  # which nan is not, either
+        if difference is not None and not difference <= _BOUND:  # also true of NaN
             raise ExportError(
                 f"{target} is not written: its logits would differ from purecnn's by {difference:.1e} of the largest, "
-                f"and at most {_BOUND:.0e} is expected"
+                f"but at most {_BOUND:.0e} is allowed"
             )
     if as_json:
         print_json({"model": found.model.name, "file": str(target), "folded": fold, "difference": difference})
@@ -73,7 +79,7 @@ def export_command(
     if difference == 0:
         words = "its logits equal purecnn's bit for bit"
     elif difference is not None:
-        words = f"its logits differ from purecnn's by {difference:.1e} of the largest at most"
+        words = f"its logits differ from purecnn's by at most {difference:.1e} of the largest"
     screen.print(f"{found.model.name} written to {target}; {words}", soft_wrap=True)
 
 
@@ -91,7 +97,10 @@ def _logits(model: Model, params: Tree, state: Tree) -> Run:
 
 
 def _difference(run: Run | None, network: Run, shape: torch.Size) -> float | None:
-    """How far the file's logits are from the network's, in shares of the largest, for one image and for three."""
+    """The largest difference between the file's and the network's logits, relative to the largest logit.
+
+    Measured on batches of one and of three images; None if the file cannot be run.
+    """
     if run is None:
         return None
     shares = []
@@ -100,7 +109,7 @@ def _difference(run: Run | None, network: Run, shape: torch.Size) -> float | Non
         with torch.no_grad():
             expected = network(images)
             farthest = (run(images) - expected).abs().max()
-        # Logits that are all zero have no shares, but may be equal.
+        # If all logits are zero, there is nothing to divide by, but they may be equal.
         shares.append(torch.where(farthest == 0, farthest, farthest / expected.abs().max()))
     return float(torch.stack(shares).max())
 
@@ -108,7 +117,7 @@ def _difference(run: Run | None, network: Run, shape: torch.Size) -> float | Non
 def _reader(path: Path, compiled: bool) -> Run | None:
     if path.suffix == ".pt2":
         with warnings.catch_warnings():
-            # PyTorch 2.11 warns of how it reads a file itself.
+            # PyTorch 2.11 warns about its own way of reading a file.
             warnings.filterwarnings("ignore", "The given buffer is not writable")
             result: Run = export.load(path) if compiled else torch.export.load(path).module()
         return result

@@ -1,7 +1,7 @@
 """torchvision's names and modules, family by family.
 
-Each family has a table of rules (left torchvision's names, right ours) and a function that builds the torchvision
-module of a model's settings. Where torchvision numbers layers through, so do the rules.
+Each family has a table of rules (torchvision's names on the left, ours on the right) and a function that builds the
+torchvision module for a model's settings. Where torchvision numbers its layers consecutively, the rules count them.
 """
 
 import math
@@ -28,7 +28,7 @@ GATE = (("fc1", "squeeze"), ("fc2", "expand"))
 
 
 def under(theirs: str, ours: str, pairs: Iterable[tuple[str, str]]) -> Pairs:
-    """The rules of a layer, for where the layer is."""
+    """The rules of a layer, with its path put in front on both sides."""
     return [(f"{theirs}.{left}", f"{ours}.{right}") for left, right in pairs]
 
 
@@ -59,7 +59,7 @@ def _alexnet(model: Model) -> nn.Module:
 
 
 def _vgg_rules(model: Model) -> Rules:
-    """torchvision numbers all layers of the trunk through, rectifiers and pools included."""
+    """torchvision numbers all layers of the trunk consecutively, including ReLUs and pools."""
     pairs, position = [], 0
     for block, depth in enumerate(model.settings["depths"]):
         stage = f"stage{block}" if block else "stem"
@@ -84,7 +84,7 @@ def _vgg(model: Model) -> nn.Module:
     plan = [step for depth, width in zip(s["depths"], s["widths"], strict=True) for step in (*[width] * depth, "M")]
     trunk = models.vgg.make_layers(plan, s["batch_norm"])
     module = models.VGG(trunk, s["num_classes"], init_weights=False, dropout=s["dropout"])
-    if s["widths"][-1] != 512:  # torchvision takes it for granted
+    if s["widths"][-1] != 512:  # torchvision assumes 512
         module.classifier[0] = nn.Linear(s["widths"][-1] * 49, 4096)
     return module
 
@@ -110,7 +110,7 @@ def _resnet(model: Model) -> nn.Module:
 
 
 def _squeezenet_rules(model: Model) -> Rules:
-    """torchvision numbers the rectifier of the stem and the pools as well."""
+    """torchvision's numbers also count the stem's ReLU and the pools."""
     pairs, position = [("features.0", "stem.conv")], 2
     for stage, depth in enumerate(model.settings["depths"], start=1):
         for i in range(depth):
@@ -231,7 +231,7 @@ def _inception_v3(model: Model) -> nn.Module:
 
 
 def _mobilenet_v2_rules(model: Model) -> Rules:
-    """torchvision numbers the blocks through; its last convolution of a block has no sequence of its own."""
+    """torchvision numbers the blocks consecutively; a block's last convolution is not in a sequence of its own."""
     pairs, position = under("features.0", "stem", CONV_NORM), 1
     for i, (expansion, _, depth, _) in enumerate(model.settings["stages"], start=1):
         names = ["depthwise"] if expansion == 1 else ["expand", "depthwise"]
@@ -250,7 +250,7 @@ def _mobilenet_v2(model: Model) -> nn.Module:
 
 
 def _shufflenet_v2_rules(model: Model) -> Rules:
-    """torchvision's stages are numbered from 2, as the paper's."""
+    """torchvision numbers the stages from 2, as the paper does."""
     last = len(model.settings["widths"])
     pairs = [*under("conv1", "stem", CONV_NORM), *under(f"conv{last + 1}", f"stage{last}", CONV_NORM)]
     for branch, name, at in (
@@ -270,7 +270,7 @@ def _shufflenet_v2(model: Model) -> nn.Module:
 
 
 def _mnasnet_rules(model: Model) -> Rules:
-    """torchvision numbers all layers through, rectifiers included."""
+    """torchvision numbers all layers consecutively, including ReLUs."""
     pairs: Pairs = []
     for at, name in ((0, "stem"), (3, "stage1.depthwise"), (6, "stage1.project"), (14, "stage8")):
         pairs += under("layers", name, ((f"{at}", "conv"), (f"{at + 1}", "norm")))
@@ -286,7 +286,7 @@ def _mnasnet(model: Model) -> nn.Module:
 
 
 def _mobilenet_v3_rules(model: Model) -> Rules:
-    """torchvision numbers the blocks through, and in a block the steps that are there."""
+    """torchvision numbers the blocks consecutively, and within a block only the steps that it has."""
     width, stages = model.settings["width"], model.settings["stages"]
     pairs, position, inputs = under("features.0", "stem", CONV_NORM), 1, divisible(16 * width)
     for i, rows in enumerate(stages, start=1):
@@ -315,7 +315,7 @@ def _mobilenet_v3(model: Model) -> nn.Module:
 
 
 def _efficientnet_rules(model: Model) -> Rules:
-    """In a block torchvision numbers the steps that are there: no expansion where its factor is 1."""
+    """Within a block torchvision numbers only the steps that it has: no expansion where its factor is 1."""
     pairs = under("features.0", "stem", CONV_NORM)
     for i, (kind, expansion, *_) in enumerate(model.settings["stages"], start=1):
         names = ["expand", "project"] if kind == "fused" else ["expand", "depthwise", "gate", "project"]
@@ -327,7 +327,7 @@ def _efficientnet_rules(model: Model) -> Rules:
 
 
 def _efficientnet(model: Model) -> nn.Module:
-    """torchvision's fused blocks know no factors on width and depth, so all are multiplied out before."""
+    """torchvision's fused blocks have no factors for width and depth, so both are multiplied out here."""
     s, net = model.settings, models.efficientnet
     rows, inputs = [], divisible(s["stem_width"] * s["width"])
     for kind, expansion, kernel, stride, channels, depth in s["stages"]:
@@ -349,7 +349,7 @@ def _regnet_rules(model: Model) -> Rules:
 
 def _regnet(model: Model) -> nn.Module:
     s = model.settings
-    with torch.device("cpu"):  # torchvision works the widths out with tensors
+    with torch.device("cpu"):  # torchvision computes the widths with tensors
         plan = models.regnet.BlockParams.from_init_params(
             s["depth"], s["w0"], s["wa"], s["wm"], s["group_width"], se_ratio=s["se_ratio"] or None
         )
@@ -357,7 +357,7 @@ def _regnet(model: Model) -> nn.Module:
 
 
 def _convnext_rules(model: Model) -> Rules:
-    """torchvision's stages have odd numbers; what shrinks the image stands between them."""
+    """torchvision's stages have odd numbers; the even numbers are the downsampling layers between them."""
     pairs: Pairs = under("features.0", "stem", CONV_NORM)
     block = (("0", "depthwise"), ("2", "norm"), ("3", "expand"), ("5", "project"))
     last = len(model.settings["depths"])
@@ -396,4 +396,4 @@ FAMILIES = {
     "regnet": Family(_regnet_rules, _regnet),
     "convnext": Family(_convnext_rules, _convnext),
 }
-"""By the module of `purecnn.zoo` that builds the family."""
+"""The families by the name of the module of `purecnn.zoo` that builds them."""

@@ -1,4 +1,4 @@
-"""Files of tensors: ``.safetensors``, and state_dicts that torch saved. Nothing is ever unpickled but tensors."""
+"""Files of tensors: ``.safetensors``, and state_dicts saved by torch. Only tensors are ever unpickled."""
 
 import io
 import json
@@ -20,52 +20,52 @@ from purecnn.files import replacing
 
 
 class FileError(ValueError):
-    """A file is missing, damaged or of another kind; the message names it."""
+    """A file is missing, damaged or of the wrong kind; the message names it."""
 
 
 _VERSIONS = "torch_metadata"
-"""Where a safetensors file keeps a state_dict's ``_metadata``, the versions of its modules."""
+"""The metadata key under which a safetensors file keeps a state_dict's ``_metadata``, the versions of its modules."""
 
 
 class Contents(NamedTuple):
-    """What a file holds."""
+    """The contents of a file: its tensors and its metadata."""
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
-    """What a ``.safetensors`` file says of itself; of another file nothing is known."""
+    """The metadata of a ``.safetensors`` file; empty for other files."""
 
 
 def read(path: str | os.PathLike[str], entry: str | None = None) -> dict[str, Tensor]:
-    """The tensors of a ``.safetensors`` file, or of a state_dict saved by torch, alone or in a dictionary.
+    """Read the tensors of a ``.safetensors`` file, or a state_dict saved by torch, alone or inside a dictionary.
 
     Args:
         path: the file.
-        entry: where in a dictionary they are, such as ``"model_ema"``; needed if there is more than one state_dict.
+        entry: the key of the state_dict in that dictionary, such as ``"model_ema"``; required if there are several.
 
     Raises:
-        FileError: if the file is missing, damaged or of another kind.
+        FileError: if the file is missing, damaged or of the wrong kind.
     """
     return contents(path, entry).tensors
 
 
 def contents(path: str | os.PathLike[str], entry: str | None = None) -> Contents:
-    """As `read`, with what the file says of its tensors: both are of one file, even if somebody replaces it meanwhile.
+    """Read a file's tensors, as `read` does, and its metadata: both of the same file, even if it is replaced meanwhile.
 
     Raises:
-        FileError: as from `read`.
+        FileError: as `read` does.
     """
     if Path(path).suffix == ".safetensors":
         with opened(path) as file:
             tensors = OrderedDict((key, file.get_tensor(key)) for key in file.keys())  # noqa: SIM118, not a mapping
             metadata = file.metadata() or {}
         if entry is not None:
-            raise FileError(f"{path} holds tensors and no dictionaries, so there is no entry {entry!r}")
+            raise FileError(f"{path} is a .safetensors file, which has no entries: leave out entry (found {entry!r})")
         return Contents(_as_state_dict(tensors, metadata), metadata)
     _check_there(path)
     try:
         found: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise FileError(f"{path} {_refusal(path, error)}") from None  # torch advises to trust the file
+        raise FileError(f"{path} {_refusal(path, error)}") from None  # torch's message advises trusting the file
     if _is_state_dict(found) and entry is None:
         return Contents(found, {})
     entries = found if isinstance(found, dict) else {}
@@ -75,16 +75,16 @@ def contents(path: str | os.PathLike[str], entry: str | None = None) -> Contents
         return Contents(inside[wanted], {})
     if inside or entry is not None:
         there = " and under ".join(map(repr, inside)) or "no name"
-        say = "say which of them, as entry (of purecnn convert: --entry)"
+        say = "say which one to read with entry (purecnn convert: --entry)"
         raise FileError(
-            f"{path} holds tensors under {there}: {say if entry is None else f'there is no such entry as {entry!r}'}"
+            f"{path} holds state_dicts under {there}: {say if entry is None else f'there is no entry {entry!r}'}"
         )
     what = f"a dictionary of {', '.join(map(str, entries))}" if entries else f"a {type(found).__name__}"
-    raise FileError(f"{path} holds something else than a dictionary of tensors: {what[:200]}")
+    raise FileError(f"{path} holds no dictionary of tensors but {what[:200]}")
 
 
 def _as_state_dict(tensors: "OrderedDict[str, Tensor]", metadata: Mapping[str, str]) -> "OrderedDict[str, Tensor]":
-    """In the order of the state_dict that was written, and with its ``_metadata``, unless others changed the file."""
+    """Restore the written state_dict's order and ``_metadata``; if these do not fit, return the tensors as they are."""
     try:
         order, versions = json.loads(metadata[_VERSIONS])
         found = OrderedDict((key, tensors[key]) for key in order)
@@ -106,31 +106,31 @@ _TORCHS = "a file that torch saved"
 
 
 def _kind(path: str | os.PathLike[str]) -> str:
-    """What a file is, as far as its beginning tells."""
+    """Guess the kind of a file from its first bytes."""
     with Path(path).open("rb") as file:
         beginning = file.read(16)
     if beginning[8:9] == b"{":  # after the length of the header
         return _SAFETENSORS
-    if beginning.startswith((b"PK", b"\x80")):  # a zip archive, or as before torch 1.6 a pickle
+    if beginning.startswith((b"PK", b"\x80")):  # a zip archive, or a pickle from before torch 1.6
         return _TORCHS
-    return f"damaged, or no file of tensors: it begins with {beginning!r}"
+    return f"damaged, or not a file of tensors: it begins with {beginning!r}"
 
 
 def _refusal(path: str | os.PathLike[str], error: Exception) -> str:
-    """Why torch did not read a file."""
+    """Explain why torch refused to read a file."""
     kind, words = _kind(path), str(error)
     if kind != _TORCHS:
-        return f"is {kind}{', and should end so' if kind == _SAFETENSORS else ''}"
+        return f"is {kind}{', so its name should end in .safetensors' if kind == _SAFETENSORS else ''}"
     if "TorchScript" in words:
-        return "holds a TorchScript program: save its state_dict()"
+        return "holds a TorchScript program: save its state_dict() instead"
     if refused := re.search(r"GLOBAL (\S+) was not", words):
         return (
             f"holds a whole module or other objects, which are not unpickled ({refused[1]}): save module.state_dict()"
         )
     if isinstance(error, UnpicklingError):
-        return "holds a pickle of something else than tensors: save module.state_dict() with torch.save"
+        return "holds a pickle of objects other than tensors: save module.state_dict() with torch.save"
     sentence = re.split(r"(?<=\w)\. ", words)[0]
-    return f"is damaged, or not a state_dict that torch saved: {sentence}"
+    return f"is damaged, or not a state_dict saved by torch: {sentence}"
 
 
 def _is_state_dict(found: Any) -> bool:
@@ -140,21 +140,21 @@ def _is_state_dict(found: Any) -> bool:
 def write(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors, wholly or not at all: safetensors, or a state_dict of torch where the name ends in ``.pth``.
+    """Write tensors atomically, as safetensors, or as torch saves a state_dict if the name ends in ``.pth``.
 
     Raises:
-        FileError: if the name has another ending, there is metadata for a ``.pth`` file, which has no place for it, or
-            the disk is full.
-        OSError: if it cannot be written for another reason.
+        FileError: if the name has another ending, if there is metadata for a ``.pth`` file, which cannot store it, or
+            if safetensors cannot write the file, such as on a full disk.
+        OSError: if the file cannot be written for another reason.
     """
     suffix = Path(path).suffix
     allowed = (".safetensors",) if metadata else (".safetensors", ".pth")
     if suffix not in allowed:
-        why = ": a .pth file cannot say what its tensors are" if suffix == ".pth" else ""
+        why = ": a .pth file cannot store metadata" if suffix == ".pth" else ""
         raise FileError(f"{path} should end in {' or '.join(allowed)}{why}")
     with replacing(path) as file:
         if suffix == ".pth":
-            held = io.BytesIO()  # of a full disk torch would say neither that nor the file's name
+            held = io.BytesIO()  # on a full disk torch would report neither that nor the file's name
             torch.save(tensors, held)
             with held.getbuffer() as view:
                 file.write_bytes(view)
@@ -169,7 +169,7 @@ def write(
 
 
 def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """safetensors takes no tensors that share memory, are parts of others or are not contiguous."""
+    """Copy tensors where needed: safetensors takes none that share memory, are views or are not contiguous."""
     storages: set[int] = set()
     result = {}
     for key, tensor in tensors.items():
@@ -183,20 +183,20 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def opened(path: str | os.PathLike[str]) -> Any:
-    """A safetensors file, open for reading: one file, even if somebody replaces it meanwhile.
+    """Open a safetensors file for reading; header and tensors are of the same file, even if it is replaced meanwhile.
 
     Raises:
-        FileError: if it is missing, damaged or of another kind.
+        FileError: if the file is missing, damaged or of the wrong kind.
     """
     _check_there(path)
     while True:
-        with Path(path).open("rb") as held:  # while it is open, no later file can pass for it
+        with Path(path).open("rb") as held:  # while it is open, no new file gets its inode
             found: Any
             try:
                 found = safe_open(path, framework="pt")
             except (safetensors.SafetensorError, RuntimeError) as error:
                 found = error
-            # safetensors opens a file twice, for the description and for the numbers, so it may have got two.
+            # safetensors opens a file twice, for the header and for the tensors, so it may have read two files.
             if os.path.samestat(os.fstat(held.fileno()), Path(path).stat()):
                 break
     if not isinstance(found, Exception):
@@ -204,8 +204,8 @@ def opened(path: str | os.PathLike[str]) -> Any:
     words = f"damaged: {found}" if (kind := _kind(path)) == _SAFETENSORS else kind
     if kind == _TORCHS:
         words += (
-            ", and should end in .pth"
+            ", so its name should end in .pth"
             if Path(path).suffix == ".safetensors"
-            else f", no .safetensors file; convert it first: purecnn convert {path} NEW.safetensors --model NAME"
+            else f", not a .safetensors file; convert it first: purecnn convert {path} NEW.safetensors --model NAME"
         )
     raise FileError(f"{path} is {words}") from found

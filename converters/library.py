@@ -1,4 +1,4 @@
-"""Another library's state_dicts and modules, to and from our trees: the part that is the same for all libraries."""
+"""Conversion between our trees and another library's state_dicts and modules: the part common to all libraries."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -15,12 +15,12 @@ from purecnn.tree import Tree
 
 
 class Family(NamedTuple):
-    """How a library names and builds one family."""
+    """How a library names and builds one family of networks."""
 
     rules: Callable[[Model], Rules]
     module: Callable[[Model], nn.Module]
     legacy: Rules | None = None
-    """From module names in old published files to today's."""
+    """Rules from the module names in old published files to today's names."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,13 @@ class Library:
 
     name: str
     find: Callable[[Model], Family | None]
-    """None for a model that the library does not have."""
+    """The library's family for a model; None if the library does not have the model."""
 
     def has(self, model: Model) -> bool:
         """Whether the library has the model too.
 
         Raises:
-            TypeError: if it is no model.
+            TypeError: if the argument is not a model.
         """
         return self._found(model) is not None
 
@@ -48,24 +48,24 @@ class Library:
         """The library's names and module for a model.
 
         Raises:
-            ConversionError: if the library does not have it.
-            TypeError: if it is no model.
+            ConversionError: if the library does not have the model.
+            TypeError: if the argument is not a model.
         """
         found = self._found(model)
         if found is None:
             words = f"{self.name} has no counterpart of {model.name}"
             if not model.is_built:
-                words += " with a layer of its own: convert the network as purecnn.create builds it"
+                words += " with a layer that purecnn.create did not build: convert the network as it builds it"
             elif model.name in models.list_models():
                 words += (
-                    ": converters.torchvision has it, and reads any state_dict in the same names, "
-                    "as of timm's ResNets and DenseNets"
+                    ": converters.torchvision has it, and reads any state_dict with the same names, "
+                    "such as those of timm's ResNets and DenseNets"
                 )
             raise ConversionError(words)
         return found
 
     def head_key(self, model: Model) -> str:
-        """The key of the weight whose first axis is the classes.
+        """The state_dict key of the last layer's weight, whose first axis is the classes.
 
         Raises:
             ConversionError: if the library does not have the model.
@@ -74,7 +74,7 @@ class Library:
         return next(leaf.key for leaf in params if leaf.path.startswith("head.") and leaf.path.endswith(".weight"))
 
     def sizes(self, model: Model, state_dict: Mapping[str, Tensor]) -> tuple[int, int]:
-        """How many classes and channels of images a state_dict has; the model's own where it does not tell.
+        """The numbers of classes and image channels in a state_dict; the model's own where it does not tell.
 
         Raises:
             ConversionError: if the library does not have the model.
@@ -87,7 +87,7 @@ class Library:
         return classes, model.in_channels if stem is None or stem.ndim != 4 else stem.shape[1]
 
     def unwrapped(self, model: Model, state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """A state_dict without what a wrapper, such as DataParallel or torch.compile, puts before all its names.
+        """A state_dict without the prefix that a wrapper, such as DataParallel or torch.compile, adds to every key.
 
         Raises:
             ConversionError: if the library does not have the model.
@@ -97,54 +97,54 @@ class Library:
         return {key.removeprefix(prefix): tensor for key, tensor in state_dict.items()}
 
     def from_state_dict(self, model: Model, state_dict: Mapping[str, Tensor]) -> tuple[Tree, Tree]:
-        """Parameters and running statistics from the library's state_dict.
+        """Convert the library's state_dict to parameters and running statistics.
 
-        The trees are copies: a module that trains on does not change them.
+        The trees are copies: further training of the module does not change them.
 
         Raises:
-            ConversionError: that names missing, unexpected and mis-shaped keys.
+            ConversionError: if keys are missing, unexpected or of the wrong shape; the message names them.
             TypeError: if the arguments are not a model and a mapping.
         """
         params, state = self.adopt(model, state_dict)
         return tree.map(torch.clone, params), tree.map(torch.clone, state)
 
     def adopt(self, model: Model, state_dict: Mapping[str, Tensor]) -> tuple[Tree, Tree]:
-        """`from_state_dict` without copies, for tensors that nobody else has; raises the same."""
+        """Do the same as `from_state_dict`, without copies, for tensors that nothing else uses; raises the same."""
         legacy = self.family(model).legacy
         if not isinstance(state_dict, Mapping):
             raise TypeError(
-                f"expected a state_dict, found {_named(state_dict)}: of a module it is module.state_dict(), "
-                "of a file converters.files.read(path)"
+                f"expected a state_dict, found {_named(state_dict)}: get it from a module by module.state_dict(), "
+                "from a file by converters.files.read(path)"
             )
         tensors: dict[str, Tensor] = {}
         for key, tensor in state_dict.items():
             if not isinstance(key, str):
-                raise ConversionError(f"the names of a state_dict are strings, found {key!r}")
+                raise ConversionError(f"the keys of a state_dict must be strings, found {key!r}")
             layer, _, leaf = key.rpartition(".")
             if legacy and any(left.match(layer) for left, _ in legacy.pairs):
                 key = f"{legacy.forward(layer)}.{leaf}"
             if not isinstance(tensor, Tensor):
                 raise ConversionError(f"{key} is not a tensor but a {type(tensor).__name__}")
             if key in tensors:
-                raise ConversionError(f"{key} is there twice, under its old name and its new one")
+                raise ConversionError(f"{key} is in the state_dict twice, under its old name and its new one")
             tensors[key] = tensor.detach()
         return to_trees(model, self.family(model).rules(model), tensors)
 
     def from_module(self, model: Model, module: nn.Module, name: str, size: int, bound: float) -> tuple[Tree, Tree]:
-        """The weights of a module of the library, if the model computes with them what the module does.
+        """Convert a module's weights, and check that the model computes what the module does.
 
-        That names and shapes fit does not say so: padding, epsilons, rectifiers and strides have neither. So both are
-        run on an image, of random numbers.
+        Matching names and shapes do not ensure this, because they do not show padding, epsilons, activations and
+        strides. So both networks are run on an image of random numbers.
 
         Args:
-            model: ours.
-            module: the library's, which is put into evaluation mode.
-            name: the library's name of the weights, for the message.
-            size: of the image, pixels.
-            bound: of the logits' deviation, as a share of the largest.
+            model: our model.
+            module: the library's module, which is put into evaluation mode.
+            name: the library's name for the weights, for error messages.
+            size: height and width of the image in pixels.
+            bound: the logits' allowed deviation, relative to the largest logit.
 
         Raises:
-            ConversionError: if they do not fit, or compute something else.
+            ConversionError: if the weights do not fit, or the model computes something else.
         """
         params, state = self.adopt(model, module.state_dict())
         image = random.normal(random.key(0), (1, model.in_channels, size, size))
@@ -159,12 +159,12 @@ class Library:
         return params, state
 
     def to_state_dict(self, model: Model, params: Tree, state: Tree) -> "OrderedDict[str, Tensor]":
-        """The state_dict of the library's module, in its order and with its ``_metadata``; loads with strict=True.
+        """Convert to the state_dict of the library's module, in its order, with ``_metadata``; loads with strict=True.
 
         The tensors are the trees' own, not copies.
 
         Raises:
-            ConversionError: if the trees are not the model's, or the library does not have it.
+            ConversionError: if the trees do not fit the model, or the library does not have it.
             TypeError: if the arguments are not a model and two trees.
         """
         rules = self.family(model).rules(model)
@@ -183,10 +183,10 @@ class Library:
         return result
 
     def to_module(self, model: Model, params: Tree, state: Tree) -> nn.Module:
-        """The library's module, live and in evaluation mode, with copies of the parameters and statistics.
+        """Build the library's module, trainable but in evaluation mode, with copies of parameters and statistics.
 
         Raises:
-            ConversionError: as from `to_state_dict`.
+            ConversionError: as `to_state_dict` does.
         """
         state_dict = self.to_state_dict(model, params, state)
         module = self._meta_module(model)
@@ -196,16 +196,16 @@ class Library:
         return module.requires_grad_().eval()
 
     def _meta_module(self, model: Model) -> nn.Module:
-        """The library's module for the model's settings, without memory behind its parameters."""
+        """The library's module for the model's settings, on the meta device."""
         with torch.device("meta"):
             module = self.family(model).module(model)
             stem = next(layer for layer in module.modules() if isinstance(layer, nn.Conv2d))
-            if stem.in_channels != model.in_channels:  # torchvision takes 3 for granted in the first convolution
+            if stem.in_channels != model.in_channels:  # torchvision's first convolution always has 3
                 stem.in_channels = model.in_channels
                 stem.weight = nn.Parameter(torch.empty(stem.out_channels, model.in_channels, *stem.kernel_size))
         return module
 
 
 def _named(value: object) -> str:
-    """What was given in place of something else: a string as it is, of others the type."""
+    """A value for an error message: a string as it is, anything else by its type."""
     return repr(value) if isinstance(value, str) else f"a {type(value).__name__}"

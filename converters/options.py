@@ -1,4 +1,4 @@
-"""What decides how a training run ends, and what follows from it: optimizer, schedule, phases."""
+"""The options that determine a training run's result, and what follows from them: optimizer, schedule, phases."""
 
 import shlex
 from collections.abc import Callable
@@ -16,7 +16,7 @@ __all__ = ["OptimizerName", "Options", "Phase", "PrecisionName", "ScheduleName",
 
 
 class OptimizerName(StrEnum):
-    """Update rules."""
+    """Optimizers."""
 
     sgd = "sgd"
     adamw = "adamw"
@@ -26,7 +26,7 @@ class OptimizerName(StrEnum):
 
 
 class ScheduleName(StrEnum):
-    """Courses of the learning rate."""
+    """Learning-rate schedules."""
 
     constant = "constant"
     step = "step"
@@ -35,7 +35,7 @@ class ScheduleName(StrEnum):
 
 
 class PrecisionName(StrEnum):
-    """Types of the numbers that are computed with."""
+    """Dtypes to compute in."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -44,12 +44,12 @@ class PrecisionName(StrEnum):
 
 @dataclass(frozen=True)
 class Options:
-    """All that decides how a run ends."""
+    """All options that determine a run's result, and those of its machine (`ELSEWHERE`)."""
 
     model: str
     data: str
     like: str | None
-    """A data set whose preprocessing and augmentation the pictures get."""
+    """A data set whose preprocessing and augmentation are used for a folder's images."""
     source: str | None
     epochs: int
     batch_size: int
@@ -57,21 +57,21 @@ class Options:
     learning_rate: float
     schedule: ScheduleName
     warmup: int
-    """Epochs in which the learning rate rises."""
+    """Number of first epochs in which the learning rate rises."""
     momentum: float
     weight_decay: float
     clip: float | None
-    """The largest norm of the gradient."""
+    """The maximum norm of the gradient; None for no clipping."""
     label_smoothing: float
     mixup: float | None
     cutmix: float | None
     average: float | None
     head_epochs: int
-    """Of all epochs the first, in which the head alone is trained."""
+    """Number of first epochs in which only the head is trained."""
     stage_epochs: int
-    """Epochs after them for each stage that joins, from the last to the first."""
+    """After these, one more stage is unfrozen every so many epochs, from the last to the first; 0 for all at once."""
     stage_decay: float
-    """Each stage's learning rate, as a share of the next one's."""
+    """Each stage's learning rate as a fraction of the next stage's."""
     accumulate: int
     precision: PrecisionName
     channels_last: bool
@@ -85,11 +85,11 @@ class Options:
     compile: bool | None
     capture: bool
     synchronize: bool
-    """Batch normalisation sees the batch of all processes."""
+    """Whether batch normalisation uses the whole batch of all processes."""
 
     @property
     def policy(self) -> Policy | None:
-        """Types of numbers; None for single precision all over."""
+        """The precision policy; None for single precision everywhere."""
         return None if self.precision is PrecisionName.float32 else POLICIES[self.precision]
 
     def command(self) -> str:
@@ -107,11 +107,11 @@ class Options:
 
 
 ELSEWHERE = ("root", "workers", "device", "compile", "capture")
-"""Options that may change when a run goes on on another machine: they change no result but by rounding."""
+"""Options that may change when a run is resumed on another machine: they affect results only by rounding."""
 
 
 def mixing(options: Options, classes: int) -> data.Mix | None:
-    """How images of a batch are mixed; where both ways are asked for, each batch draws one."""
+    """How the images of a batch are mixed; with both mixup and cutmix, one of them is drawn for each batch."""
     ways = []
     if options.mixup is not None:
         ways.append(v2.MixUp(alpha=options.mixup, num_classes=classes))
@@ -121,20 +121,20 @@ def mixing(options: Options, classes: int) -> data.Mix | None:
 
 
 class Phase(NamedTuple):
-    """Some epochs in which the same layers are trained."""
+    """Consecutive epochs in which the same layers are trained."""
 
     epochs: int
     optimizer: optimizers.Optimizer
     trainable: Callable[[str], bool] | None
-    """Paths of the parameters that are trained; None for all."""
+    """Whether the parameter at a path is trained; None for all parameters."""
 
 
 def phases(options: Options, params: Tree, steps: int) -> list[Phase]:
-    """First the head alone, then stage after stage from the last on, then all.
+    """The phases of a run: first the head alone, then one more stage at a time from the last on, then all layers.
 
-    A fresh head's first gradients would spoil a trained network's features (Kumar et al., Fine-Tuning can Distort
-    Pretrained Features, arXiv:2202.10054); to let the stages join one by one is Howard and Ruder's gradual unfreezing
-    (arXiv:1801.06146). The head's rate is ten times higher while it is alone.
+    The first gradients of a new head would spoil a trained network's features (Kumar et al., Fine-Tuning can Distort
+    Pretrained Features, arXiv:2202.10054); unfreezing stages one by one is Howard and Ruder's gradual unfreezing
+    (arXiv:1801.06146). While the head is trained alone, its learning rate is ten times higher.
     """
     left = options.epochs
     result = []
@@ -163,7 +163,7 @@ def _rate(options: Options, epochs: int, steps: int) -> schedules.Schedule:
     if options.schedule is ScheduleName.constant or rest <= 0:
         then = schedules.constant(peak)
     elif options.schedule is ScheduleName.step:
-        # A tenth after half and after three quarters of the way, as in He et al., arXiv:1512.03385, section 4.2.
+        # A tenth after half of the steps, a hundredth after three quarters: He et al., arXiv:1512.03385, section 4.2.
         then = schedules.piecewise(peak, {rest // 2: 0.1, 3 * rest // 4: 0.01})
     elif options.schedule is ScheduleName.cosine:
         then = schedules.cosine(peak, rest)

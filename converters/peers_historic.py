@@ -1,6 +1,6 @@
-"""pytorchcv's names and modules of the networks before residual connections.
+"""pytorchcv's names and modules for the networks before residual connections.
 
-Left are pytorchcv's names, right ours. pytorchcv itself is asked for only where a module is built.
+In each rule pytorchcv's name is on the left, ours on the right. pytorchcv is imported only to build a module.
 """
 
 from torch import nn
@@ -72,7 +72,7 @@ _MODULES = {
     "stage3.unit1": ("stage2.4", _REDUCTION),
     "stage3.unit2": ("stage3.0", _MODULE), "stage3.unit3": ("stage3.1", _MODULE),
 }  # fmt: skip
-"""pytorchcv's stages begin with the module that halves the image, ours end with it."""
+"""pytorchcv's stages begin with the module that halves the image; ours end with it."""
 
 
 def _bn_inception_rules(model: Model) -> Rules:
@@ -100,7 +100,7 @@ PYTORCHCV = {
     "nin_cifar": Family(_nin_rules, _nin),
     "bn_inception": Family(_bn_inception_rules, _bn_inception),
 }
-"""By the model's name."""
+"""pytorchcv's families by the name of the model."""
 
 TIMM: dict[str, Family] = {}
 """timm has none of them."""

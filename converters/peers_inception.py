@@ -1,6 +1,7 @@
-"""pytorchcv's and timm's names and modules of the Inception networks, of separable convolutions, of searched cells.
+"""pytorchcv's and timm's names and modules for Inception networks, and for networks of separable convolutions or of
+searched cells.
 
-The two libraries are needed only to build their modules.
+Each library is imported only to build its modules.
 """
 
 import json
@@ -18,15 +19,15 @@ from purecnn.zoo import mnasnet_a1
 
 
 def fixed(model: Model, **settings: object) -> None:
-    """The other library's network has no such settings: they must have these values."""
+    """Check that settings which the other library's network does not have are at its fixed values."""
     for name, value in settings.items():
         found = model.settings[name]
-        if json.dumps(found) != json.dumps(value):  # a list is as good as a tuple
+        if json.dumps(found) != json.dumps(value):  # lists and tuples count as equal
             raise ConversionError(f"the other library's {model.name} has {name}={value}, found {found}")
 
 
 def _inception_v4_rules(model: Model) -> Rules:
-    """timm numbers the modules through."""
+    """timm numbers the modules consecutively."""
     a, b, c = model.settings["depths"]
     layers = {
         "0": "stem.conv1", "1": "stem.conv2", "2": "stem.conv3", "3.conv": "stem.split1.branch3",
@@ -63,7 +64,7 @@ def _inception_v4(model: Model) -> nn.Module:
 
 
 def _inception_resnet_v2_rules(model: Model) -> Rules:
-    """timm has the last module outside of the third sequence."""
+    """timm has the last module outside the third sequence."""
     last = model.settings["depths"][2]
     layers = {
         "conv2d_1a": "stem.conv1", "conv2d_2a": "stem.conv2", "conv2d_2b": "stem.conv3",
@@ -97,7 +98,7 @@ def _inception_resnet_v2(model: Model) -> nn.Module:
 
 
 def _inception_resnet_v1_rules(model: Model) -> Rules:
-    """pytorchcv counts the reductions as units of the second and third stage."""
+    """pytorchcv counts the reductions as units of the second and third stages."""
     names = ("conv1", "conv2", "conv3", "reduce", "conv4", "conv5")
     layers = {f"init_block.conv{i}": f"stem.{name}" for i, name in enumerate(names, start=1)}
     units = {
@@ -111,7 +112,7 @@ def _inception_resnet_v1_rules(model: Model) -> Rules:
     for theirs, (ours, branches) in units.items():
         pairs.append((f"features.{theirs}.conv", f"{ours}.restore"))
         for i, branch in enumerate(branches, start=1):
-            # A single convolution has a name of its own, but not in a reduction.
+            # A branch of a single convolution has no list, except in a reduction.
             end = "conv_list.conv{i+1}" if "{i}" in branch else "conv_list.conv1" if theirs[-1] == "1" else "conv"
             layers[f"{theirs}.branches.branch{i}.{end}"] = f"{ours}.{branch}"
     pairs += [pair for left, right in layers.items() for pair in under(f"features.{left}", right, BASIC)]
@@ -127,7 +128,7 @@ def _inception_resnet_v1(model: Model) -> nn.Module:
 
 
 def _xception_rules(model: Model) -> Rules:
-    """timm numbers the modules through, and all layers of a module; the first module has no rectifier in front."""
+    """timm numbers modules, and the layers in each, consecutively; the first module does not begin with a ReLU."""
     s = model.settings
     deep = len(s["entry_widths"])
     last = f"stage{deep + 1}"
@@ -168,7 +169,7 @@ MBCONV = (
 
 
 def _mobilenet_v1_timm_rules(model: Model) -> Rules:
-    """timm's stages are numbered from 0."""
+    """timm numbers the stages from 0."""
     block = (*_DEPTHWISE, ("conv_pw", "pointwise.conv"), ("bn2", "pointwise.norm"))
     pairs: Pairs = [("conv_stem", "stem.conv"), ("bn1", "stem.norm"), ("classifier", "head.linear")]
     for i in range(len(model.settings["depths"])):
@@ -204,7 +205,7 @@ def _mobilenet_v1(model: Model) -> nn.Module:
 
 
 def _mnasnet_a1_rules(model: Model) -> Rules:
-    """timm's stages are numbered from 0."""
+    """timm numbers the stages from 0."""
     last = len(model.settings["stages"]) + 2
     pairs: Pairs = [("conv_stem", "stem.conv"), ("bn1", "stem.norm"), ("classifier", "head.linear")]
     pairs += under("blocks.0.0", "stage1", SEPARABLE)
@@ -240,7 +241,7 @@ def _shufflenet(model: Model) -> nn.Module:
 
 
 def _polynet_rules(model: Model) -> Rules:
-    """pytorchcv counts the reductions as units; in a polynomial it numbers the normalisations of one convolution."""
+    """pytorchcv counts the reductions as units, and numbers the normalisations of a polynomial's shared convolution."""
     start = "features.init_block"
     layers = {
         f"{start}.conv{{i}}": "stem.conv{i}",
@@ -266,7 +267,7 @@ def _polynet_rules(model: Model) -> Rules:
             pairs.append((f"{theirs}.bns.{{k}}", f"{ours}.poly.block{{k+1}}.{right}.norm"))
         layers[f"{unit}.poly.res_blocks.{{k}}"] = f"{ours}.poly.block{{k+1}}.restore"
     for unit, ours in two_ways.items():
-        single = 3 if "stage1" in ours else 2  # the branch of one convolution
+        single = 3 if "stage1" in ours else 2  # the branch with a single convolution
         for k, name in enumerate(("first", "second")):
             theirs = f"{unit}.twoway.res_blocks.{k}"
             for n in range(1, single):
@@ -286,7 +287,7 @@ def _polynet(model: Model) -> nn.Module:
 
 
 def _cell(theirs: str, ours: str, current: str, previous: str) -> Pairs:
-    """A cell of pytorchcv's NASNet or PNASNet, with all that may be in it."""
+    """Rules for a cell of pytorchcv's NASNet or PNASNet: every layer that a cell may contain."""
     pairs = [*under(f"{theirs}.{current}", f"{ours}.current", BASIC)]
     pairs += under(f"{theirs}.{previous}", f"{ours}.previous", BASIC)
     for side in ("left", "right"):
@@ -300,7 +301,7 @@ def _cell(theirs: str, ours: str, current: str, previous: str) -> Pairs:
 
 
 _HALVING = ("stage1.1", "stage1.2", "stage2.1", "stage3.1")
-"""The cells of NASNet and PNASNet that halve what came before the last one."""
+"""The cells of NASNet and PNASNet that halve the resolution of their second input, the output before the last."""
 
 
 def _halve(theirs: str, ours: str) -> Pairs:
@@ -309,7 +310,7 @@ def _halve(theirs: str, ours: str) -> Pairs:
 
 
 def _nasnet_rules(model: Model) -> Rules:
-    """pytorchcv has the two reductions of the stem outside of the first stage; some cells halve what came before."""
+    """pytorchcv has the stem's two reductions outside the first stage; the cells in `_HALVING` halve an input."""
     pairs = [*under("features.init_block", "stem", BASIC), ("output.fc", "head.linear")]
     depth = model.settings["depth"]
     units = {
@@ -327,7 +328,7 @@ def _nasnet_rules(model: Model) -> Rules:
 
 
 def _nasnet(model: Model) -> nn.Module:
-    """pytorchcv pads as fits the published size of images, which goes with skipping the reductions or not."""
+    """pytorchcv's padding depends on the published image size, which depends on ``skip_reduction``."""
     from pytorchcv.models.nasnet import get_nasnet
 
     s = model.settings
@@ -348,7 +349,7 @@ def _nasnet(model: Model) -> nn.Module:
 
 
 def _pnasnet_rules(model: Model) -> Rules:
-    """pytorchcv has the first cell outside of the first stage; some cells halve what came before."""
+    """pytorchcv has the first cell outside the first stage; the cells in `_HALVING` halve an input."""
     pairs = [*under("features.init_block", "stem", BASIC), ("output.fc", "head.linear")]
     pairs += under("features.stem1_unit.comb0_right", "stage1.0.block1.right", BASIC)
     depth = model.settings["depth"]
@@ -377,7 +378,7 @@ def _pnasnet(model: Model) -> nn.Module:
 
 
 def _timm_cells(stem: str, cells: Mapping[str, str], halving: str) -> Rules:
-    """timm's NASNet or PNASNet, with all that may be in a cell; ``halving`` begins the names of what halves."""
+    """Rules for timm's NASNet or PNASNet: every layer that a cell may contain; ``halving`` prefixes what halves."""
     halve = [("path_1.conv", "conv.even"), ("path_2.conv", "conv.odd"), ("final_path_bn", "norm")]
     separable = [
         ("separable_{i}.depthwise_conv2d", "conv{i}.depthwise"),
@@ -399,7 +400,7 @@ def _timm_cells(stem: str, cells: Mapping[str, str], halving: str) -> Rules:
 
 
 def _nasnet_timm_rules(model: Model) -> Rules:
-    """timm numbers the normal cells through, and the reductions by themselves."""
+    """timm numbers the normal cells consecutively, and the reduction cells separately."""
     depth = model.settings["depth"]
     cells = {"cell_stem_0": "stage1.0", "cell_stem_1": "stage1.1"}
     cells |= {f"reduction_cell_{s}": f"stage{s + 2}.0" for s in range(2)}
@@ -408,7 +409,7 @@ def _nasnet_timm_rules(model: Model) -> Rules:
 
 
 class _Mean3(nn.Module):
-    """3x3 with stride 2 and TensorFlow's padding, which does not count."""
+    """3x3 mean with stride 2 and TensorFlow's padding, which is left out of the mean."""
 
     def forward(self, x: Tensor) -> Tensor:
         odd = [size % 2 for size in x.shape[2:]]
@@ -416,7 +417,7 @@ class _Mean3(nn.Module):
 
 
 def _nasnet_timm(model: Model) -> nn.Module:
-    """Where the image shrinks, timm counts the padding in means; TensorFlow, whose weights these are, does not."""
+    """timm's means with stride 2 count the padding; TensorFlow, where these weights are from, does not: corrected."""
     from timm.models.nasnet import NASNetALarge
 
     s = model.settings
@@ -430,7 +431,7 @@ def _nasnet_timm(model: Model) -> nn.Module:
 
 
 def _pnasnet_timm_rules(model: Model) -> Rules:
-    """timm numbers the cells through, but for the first two."""
+    """timm numbers the cells consecutively, except for the first two."""
     depth = model.settings["depth"]
     cells = {"cell_stem_0": "stage1.0", "cell_stem_1": "stage1.1"}
     cells |= {f"cell_{b}": f"stage{b // depth + 1}.{b % depth + (0 if b >= depth else 2)}" for b in range(3 * depth)}
@@ -454,7 +455,7 @@ PYTORCHCV = {
     "nasnet_a_mobile": Family(_nasnet_rules, _nasnet),
     "pnasnet5_large": Family(_pnasnet_rules, _pnasnet),
 }
-"""By the name of the model."""
+"""pytorchcv's families by the name of the model."""
 
 TIMM = {
     "inception_v4": Family(_inception_v4_rules, _inception_v4),
@@ -465,4 +466,4 @@ TIMM = {
     "nasnet_a_large": Family(_nasnet_timm_rules, _nasnet_timm),
     "pnasnet5_large": Family(_pnasnet_timm_rules, _pnasnet_timm),
 }
-"""By the name of the model."""
+"""timm's families by the name of the model."""

@@ -1,6 +1,7 @@
-"""pytorchcv's and timm's names and modules of networks with several paths: DPN and ResNeSt.
+"""pytorchcv's and timm's names and modules for networks with several paths: DPN and ResNeSt.
 
-Left are their names, right ours. Each library is imported where it is needed, so that one does without the other.
+In each rule their name is on the left, ours on the right. Each library is imported only to build its modules, so one
+can be used without the other.
 """
 
 from torch import nn
@@ -16,7 +17,7 @@ from purecnn import Model
 
 
 def _dpn_rules(model: Model) -> Rules:
-    """timm counts the stem as the first stage, and has another name for a shortcut that shrinks the image."""
+    """timm counts the stem as the first stage, and names a shortcut by its stride."""
     theirs = "features.conv{s+1}_{b+1}"
     pairs = [*under("features.conv1_1", "stem", BASIC), ("features.conv5_bn_ac.bn", f"{last_stage(model)}.norm")]
     for i, name in enumerate(("c1x1_a", "c3x3_b", "c1x1_c"), start=1):

@@ -1,6 +1,7 @@
-"""pytorchcv's and timm's names and modules of the residual networks.
+"""pytorchcv's and timm's names and modules for the residual networks.
 
-Left are their names, right ours. Each library is imported where it is needed, so that one does without the other.
+In each rule their name is on the left, ours on the right. Each library is imported only to build its modules, so one
+can be used without the other.
 """
 
 from typing import Any
@@ -19,7 +20,7 @@ OURS = "stage{s}.{b}"
 
 
 def after(theirs: str, ours: str, number: str) -> Pairs:
-    """The rules of a convolution and the normalisation after it, where ours have a number."""
+    """The rules of a convolution and the normalisation after it; in our names both have the number."""
     return under(theirs, ours, (("conv", f"conv{number}"), ("bn", f"norm{number}")))
 
 
@@ -29,13 +30,13 @@ def last_stage(model: Model) -> str:
 
 
 def any_size(module: Any) -> nn.Module:
-    """pytorchcv's last pool wants images of one size; the mean of all pixels takes any."""
+    """Replace pytorchcv's last pool, which accepts one image size only, by the mean of all pixels."""
     module.features.final_pool = nn.AdaptiveAvgPool2d(1)
     return module
 
 
 def channels(model: Model) -> dict[str, Any]:
-    """What all constructors of pytorchcv take."""
+    """The arguments that all constructors of pytorchcv take."""
     return {"in_channels": model.in_channels, "num_classes": model.settings["num_classes"]}
 
 
@@ -86,7 +87,7 @@ def _wideresnet_cifar(model: Model) -> nn.Module:
 
 
 def _densenet_cifar_rules(model: Model) -> Rules:
-    """pytorchcv counts a transition to the stage after it."""
+    """pytorchcv puts a transition into the stage after it."""
     return Rules(
         ("features.init_block", "stem.conv"),
         ("features.stage{s+1}.trans{s+1}.conv.bn", "stage{s}.transition.norm"),
@@ -111,7 +112,7 @@ def _densenet_cifar(model: Model) -> nn.Module:
 
 
 def _gated_rules(model: Model, gates: Pairs) -> Rules:
-    """A ResNet with something on the branch of each block."""
+    """Rules for a ResNet with a gate on the residual branch of each block."""
     return Rules(
         *under("features.init_block.conv", "stem", BASIC),
         *after(f"{UNIT}.body.conv{{i}}", OURS, "{i}"),
@@ -179,7 +180,7 @@ def _cbam_resnet(model: Model) -> nn.Module:
 
 
 def _bam_resnet_rules(model: Model) -> Rules:
-    """pytorchcv counts a module to the first block of the stage after it."""
+    """pytorchcv puts a BAM into the first block of the stage after it."""
     theirs, ours = "features.stage{s+1}.unit1.bam", "stage{s}.bam"
     return Rules(
         *under("features.init_block.conv", "stem", BASIC),
@@ -227,7 +228,7 @@ def _pyramidnet_cifar(model: Model) -> nn.Module:
 
 
 def _resattnet_rules(model: Model) -> Rules:
-    """pytorchcv keeps the levels of an hourglass in lists; ours are one inside the other."""
+    """pytorchcv keeps the levels of an hourglass in lists; ours are nested."""
     last = len(model.settings["widths"])
     unit = [("body.conv{i}.bn", "norm{i}"), ("body.conv{i}.conv", "conv{i}"), ("identity_conv", "shortcut")]
     mask = [("conv{i}.bn", "norm{i}"), ("conv{i}.conv", "conv{i}")]
@@ -268,7 +269,7 @@ def _resattnet(model: Model) -> nn.Module:
 
 
 def _fractalnet_cifar_rules(model: Model) -> Rules:
-    """pytorchcv counts along the longest column, ours in each column."""
+    """pytorchcv counts blocks along the longest column; we count them in each column."""
     columns, pairs = model.settings["columns"], []
     for part in range(len(model.settings["widths"])):
         ours = f"stage{part}" if part else "stem"
@@ -350,7 +351,7 @@ def _timm_seresnet_rules(model: Model) -> Rules:
 
 
 def _timm_senet_rules(model: Model) -> Rules:
-    """As above, but for the stem's three convolutions."""
+    """As `_timm_seresnet_rules`, except for the stem of three convolutions."""
     stem = [
         ("conv1.0", "stem.conv1.conv"), ("conv1.1", "stem.conv1.norm"), ("conv1.3", "stem.conv2.conv"),
         ("conv1.4", "stem.conv2.norm"), ("conv1.6", "stem.conv3.conv"), ("bn1", "stem.conv3.norm"),

@@ -1,7 +1,7 @@
-"""timm's names and modules of networks that torchvision has, too.
+"""timm's names and modules for networks that torchvision has too.
 
-ResNets, DenseNets and Inception v3 have torchvision's names in timm; the others have names of timm's own. Left are its
-names, right ours. timm is imported where it is needed.
+In timm, ResNets, DenseNets and Inception v3 have torchvision's names; the other networks have timm's own. In each rule
+timm's name is on the left, ours on the right. timm is imported only to build a module.
 """
 
 from functools import partial
@@ -18,11 +18,11 @@ from converters.rules import Rules
 from purecnn import Model
 
 BARE = {"inception_v3": {"aux_logits": False}}
-"""What timm's networks lack of ours."""
+"""Settings that switch off parts of our networks which timm's do not have."""
 
 
 def _module(architecture: str, model: Model, **options: Any) -> nn.Module:
-    """timm's own, where our settings are those that it stands for."""
+    """Build timm's network, after checking that our settings are the ones that it has."""
     import timm
 
     free = ("num_classes", "in_channels", "image_size", "dropout", "stochastic_depth")
@@ -34,7 +34,7 @@ def _module(architecture: str, model: Model, **options: Any) -> nn.Module:
 
 
 def _inverted(model: Model, separable: Pairs) -> Rules:
-    """timm counts stages from 0; bottlenecks begin with our second, before them are separable convolutions."""
+    """timm counts stages from 0; inverted bottlenecks begin with our second stage, after separable convolutions."""
     stages = len(model.settings["stages"]) if "stages" in model.settings else 7  # MnasNet's
     last = f"stage{stages + 1}"
     pairs: Pairs = [("conv_stem", "stem.conv"), ("bn1", "stem.norm"), ("classifier", "head.linear"), *separable]
@@ -52,7 +52,7 @@ def _mnasnet_rules(model: Model) -> Rules:
 
 
 def _mnasnet(architecture: str, model: Model) -> nn.Module:
-    return _module(architecture, model, bn_momentum=1 - 0.9997)  # timm has torch's
+    return _module(architecture, model, bn_momentum=1 - 0.9997)  # timm's default is torch's
 
 
 def _regnet_rules(model: Model) -> Rules:
@@ -71,7 +71,7 @@ _SHRINK = (("0", "norm"), ("1", "conv"))
 
 
 def _convnext_rules(model: Model) -> Rules:
-    """timm's factors on the branches have no axes of height and width."""
+    """timm's layer scales have no axes for height and width."""
     block = (("conv_dw", "depthwise"), ("norm", "norm"), ("mlp.fc1", "expand"), ("mlp.fc2", "project"))
     theirs, ours, last = "stages.{s}.blocks.{b}", "stage{s+1}.{b}", len(model.settings["depths"])
     shrinking = [pair for i in range(1, last) for pair in under(f"stages.{i}.downsample", f"stage{i + 1}", _SHRINK)]
@@ -96,7 +96,7 @@ _REGNETS = {
         "400mf": "004", "800mf": "008", "1_6gf": "016", "3_2gf": "032", "8gf": "080", "16gf": "160", "32gf": "320",
     }.items()
 }  # fmt: skip
-# Where torchvision's widths are others than the paper's.
+# timm's names for the networks where torchvision's widths differ from the paper's.
 _REGNETS |= {"regnet_x_400mf": "regnetx_004_tv", "regnet_y_800mf": "regnety_008_tv", "regnet_y_8gf": "regnety_080_tv"}
 
 

@@ -1,11 +1,11 @@
-"""pytorchcv: its state_dicts and modules, to and from our trees; for networks that torchvision does not have.
+"""Convert pytorchcv's state_dicts and modules to and from our trees, for networks that torchvision does not have.
 
     params, state = from_state_dict(model, module.state_dict())
     module = to_module(model, params, state)
     params, state = pretrained(model)          # the weights that pytorchcv publishes
 
-`converters.library` has the functions' descriptions. pytorchcv itself is needed only to build its modules, which
-`to_state_dict` and `to_module` do, and for `pretrained`: ``pip install pytorchcv``.
+`converters.library` documents the functions. pytorchcv itself is needed only for `pretrained`, and for `to_state_dict`
+and `to_module`, which build its modules: ``pip install pytorchcv``.
 """
 
 import purecnn
@@ -17,7 +17,7 @@ from purecnn import Model
 from purecnn.tree import Tree
 
 FAMILIES = peers_historic.PYTORCHCV | peers_residual.PYTORCHCV | peers_inception.PYTORCHCV | peers_multipath.PYTORCHCV
-"""By the model's name."""
+"""The rules and module of each network, by the model's name."""
 
 LIBRARY = Library("pytorchcv", lambda model: FAMILIES.get(model.name))
 
@@ -54,25 +54,26 @@ NAMES = {
     "resnest50": "resnesta50",
     "resnest101": "resnesta101",
 }
-"""Ours, and pytorchcv's names of the published weights that fit."""
+"""Our model names, each with pytorchcv's name for published weights that fit it."""
 
 
 def pretrained(model: Model, weights: str | None = None) -> tuple[Tree, Tree]:
     """The weights that pytorchcv publishes on GitHub, downloaded, checked and cached by pytorchcv.
 
-    They are read by `converters.files`, which unpickles nothing but tensors; pytorchcv itself would unpickle anything.
-    Both networks are run on an image: pytorchcv's ``resnet50b`` has the names and shapes of ``resnet50``, and another
-    stride.
+    They are read by `converters.files`, which unpickles only tensors; pytorchcv itself would unpickle anything. Both
+    networks are run on an image and compared, because matching names and shapes are not enough: pytorchcv's
+    ``resnet50b`` has those of ``resnet50``, but another stride.
 
     Args:
         model: created with the settings that the weights were trained with.
-        weights: pytorchcv's name of them, as in ``"bninception"``; by default the one in `NAMES`.
+        weights: pytorchcv's name for them, such as ``"bninception"``; by default the one in `NAMES`.
 
     Raises:
-        ConversionError: if pytorchcv has no such weights, they cannot be had, or it computes something else with them.
+        ConversionError: if pytorchcv has no such weights, if they cannot be downloaded, or if pytorchcv computes
+            something else with them.
     """
     if model.name not in NAMES:
-        raise ConversionError(f"pytorchcv publishes no weights that fit {model.name}; it does of {', '.join(NAMES)}")
+        raise ConversionError(f"pytorchcv publishes no weights that fit {model.name}; it does for {', '.join(NAMES)}")
     try:
         from pytorchcv.model_provider import get_model
         from pytorchcv.models.common import model_store
@@ -83,6 +84,6 @@ def pretrained(model: Model, weights: str | None = None) -> tuple[Tree, Tree]:
         module = get_model(name)
         state_dict = files.read(model_store.get_model_file(name))
     except (OSError, ValueError, RuntimeError, FileError) as error:
-        raise ConversionError(f"pytorchcv's {name} cannot be had ({str(error).splitlines()[0]})") from error
+        raise ConversionError(f"pytorchcv's {name} cannot be loaded: {str(error).splitlines()[0]}") from error
     module.load_state_dict(state_dict)
     return LIBRARY.from_module(model, module, name, purecnn.create(model.name).image_size, 1e-3)

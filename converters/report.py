@@ -1,4 +1,4 @@
-"""A training run on one page: ``report.html``, which needs no other file and no network."""
+"""A training run on one page: ``report.html``, which needs no other file and no internet connection."""
 
 import base64
 import html
@@ -45,7 +45,7 @@ figcaption { font-size: .85rem; line-height: 1.35; overflow-wrap: anywhere }
 
 
 class Mistake(NamedTuple):
-    """A picture that a network takes for another class's."""
+    """An image that a network assigns to the wrong class."""
 
     image: Image.Image
     true: str
@@ -53,7 +53,7 @@ class Mistake(NamedTuple):
     confidence: float
     """The probability of the predicted class, 0 to 1."""
     number: int
-    """Which one of the held-out split it is."""
+    """The image's index in the test split."""
 
 
 def write(
@@ -66,15 +66,15 @@ def write(
     rows: Sequence[Mapping[str, Any]],
     evaluation: Evaluation,
 ) -> None:
-    """Write a run's ``report.html`` into its folder, whose ``config.json`` says how the run was made.
+    """Write a run's ``report.html`` into its folder, which must contain the run's ``config.json``.
 
     Args:
-        folder: the run's.
+        folder: the run's folder.
         model, params, state: the best network.
-        dataset: what it was trained on; its held-out split is gone through once more for the mistakes.
-        prepare: from its pictures to the network's input.
-        rows: of the epochs, as in ``metrics.csv``.
-        evaluation: of the best network on the held-out split.
+        dataset: the data set of the run; its test split is read once more to find the mistakes.
+        prepare: the preprocessing of its images.
+        rows: one row per epoch, as in ``metrics.csv``.
+        evaluation: the best network's evaluation on the test split.
     """
     config = json.loads((folder / "config.json").read_text())
     title = f"{model.name} on {Path(dataset.name).name}"
@@ -113,14 +113,14 @@ _Row = TypeVar("_Row", bound=Mapping[str, Any])
 
 
 def best_row(rows: Sequence[_Row]) -> _Row:
-    """The best epoch's, chosen as `training.Fitted` does."""
+    """The row of the best epoch, chosen as `training.Fitted` does."""
     return max(rows, key=lambda row: (row["test_accuracy"], -row["test_loss"]))
 
 
 def mistakes(
     model: Model, params: Tree, state: Tree, dataset: DataSet, prepare: Preprocessing, count: int = 24
 ) -> list[Mistake]:
-    """The pictures of the held-out split that are taken for another class's, the most confident ones first."""
+    """The images of the test split that the network gets wrong, the most confident mistakes first."""
     device = tree.device(params)
     confidences, predictions, labels = [], [], []
     with torch.no_grad():
@@ -142,7 +142,7 @@ def mistakes(
 
 
 def first_filters(model: Model, params: Tree, state: Tree) -> tuple[str, Tensor] | None:
-    """Path and weights of the convolution that a picture meets first; None if the network has none."""
+    """Path and weights of the first convolution that the image reaches; None if the network has no convolution."""
     found: list[tuple[str, Tensor]] = []
 
     def around(layer: Layer, params: Tree, state: Tree, x: Any, mode: Mode) -> tuple[Any, Tree]:
@@ -186,7 +186,7 @@ def _uri(content: bytes, kind: str) -> str:
 
 
 def _drawn(draw: Callable[[Path], None], alt: str) -> str:
-    """A picture that is drawn into a file."""
+    """An ``img`` element with the picture that ``draw`` writes into a file."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "picture.png"
         draw(path)
@@ -208,7 +208,7 @@ def _facts(
         "training time": _duration(sum(row["seconds"] for row in rows)),
         "parameters": f"{tree.size(params):,}",
         "classes": f"{len(dataset.classes):,}",
-        "pictures to train, to test": f"{len(dataset.train):,}, {len(dataset.test):,}",
+        "training images, test images": f"{len(dataset.train):,}, {len(dataset.test):,}",
     }
     return f"<div class=facts>{''.join(f'<div><b>{value}</b>{name}</div>' for name, value in facts.items())}</div>"
 
@@ -220,7 +220,7 @@ def _duration(seconds: float) -> str:
 
 
 def _classes(names: Sequence[str], evaluation: Evaluation) -> str:
-    """From the worst to the best; classes without pictures at the end."""
+    """The accuracy of each class, from the worst to the best; classes without test images come last."""
     right, total = evaluation.confusion.diagonal().tolist(), evaluation.confusion.sum(1).tolist()
     shares = [found / count if count else 2.0 for found, count in zip(right, total, strict=True)]
     lines = []
@@ -236,10 +236,10 @@ def _classes(names: Sequence[str], evaluation: Evaluation) -> str:
 
 def _gallery(wrong: Sequence[Mistake]) -> str:
     if not wrong:
-        return "<p>None: every picture of the held-out split is recognised.</p>"
+        return "<p>None: every image of the test split is classified correctly.</p>"
     figures = (
-        f"<figure>{_thumbnail(each.image, f'held-out picture {each.number}')}<figcaption><b>{_escape(each.predicted)}"
-        f"</b> {each.confidence:.1%}<br>is {_escape(each.true)}<br><span class=quiet>picture {each.number}</span>"
+        f"<figure>{_thumbnail(each.image, f'test image {each.number}')}<figcaption><b>{_escape(each.predicted)}"
+        f"</b> {each.confidence:.1%}<br>is {_escape(each.true)}<br><span class=quiet>image {each.number}</span>"
         f"</figcaption></figure>"
         for each in wrong
     )
@@ -247,7 +247,7 @@ def _gallery(wrong: Sequence[Mistake]) -> str:
 
 
 def _thumbnail(image: Image.Image, alt: str) -> str:
-    """Small pictures as they are, to be enlarged with sharp pixels; photographs at most 300 pixels wide."""
+    """Keep small images as they are, to be enlarged with sharp pixels; shrink larger ones to fit 300 x 300 pixels."""
     shown = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
     small = max(shown.size) <= 128
     shown.thumbnail((300, 300))
@@ -261,7 +261,7 @@ def _filters(found: tuple[str, Tensor] | None) -> str:
         return ""
     path, weight = found
     shape = ", ".join(map(str, weight.shape))
-    words = f"<p class=quiet>{_escape(path)}, ({shape}). Each is stretched by itself; zero is grey.</p>"
+    words = f"<p class=quiet>{_escape(path)}, shape ({shape}). Each filter has its own scale; zero is grey.</p>"
     drawn = _drawn(lambda file: pictures.filters(weight.cpu().numpy(), file), "first-layer filters")
     return _section("First-layer filters", words + drawn)
 

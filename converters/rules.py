@@ -1,8 +1,8 @@
-"""Invertible rules for names, and the strict way from a flat dictionary of tensors to trees and back.
+"""Invertible rules for names, and strict conversion of a flat dictionary of tensors to trees and back.
 
 A rule is a pair of templates, such as ``("layer{s}.{b}.conv{i}", "stage{s}.{b}.conv{i}")``. A field in braces
-stands for a whole number, and ``{b+1}`` for the number after ``{b}``. Both templates have the same fields, so
-that a rule reads from left to right and from right to left. Here the left side is always the other library's.
+stands for a whole number, and ``{b+1}`` for the number after ``{b}``. Both templates have the same fields, so a rule
+can be applied from left to right and from right to left. The left side is always the other library's name.
 """
 
 import re
@@ -19,7 +19,7 @@ from purecnn.tree import Tree
 
 
 class ConversionError(ValueError):
-    """Weights and a model do not belong together; the message names the differences, of many the first."""
+    """Weights do not fit a model; the message names the differences, or the first of them if there are many."""
 
 
 _FIELD = re.compile(r"\{(\w+)(?:\+(\d+))?\}")
@@ -45,7 +45,7 @@ class Template:
         self.pattern = re.compile("".join(map("".join, zip(map(re.escape, literals), [*fields, ""], strict=True))))
 
     def match(self, name: str) -> dict[str, int] | None:
-        """The numbers in the fields, or None where the name is not of this form."""
+        """The numbers in the fields, or None if the name does not have this form."""
         found = self.pattern.fullmatch(name)
         if found is None:
             return None
@@ -64,8 +64,8 @@ class Rules:
     >>> rules.forward("layer3.0.bn2"), rules.backward("stage3.0.norm2")
     ('stage3.0.norm2', 'layer3.0.bn2')
 
-    ``layouts`` says of a tensor in a layer what else it is called, and how it is laid out, as in einops:
-    ``{"layer_scale": ("gamma", "c 1 1 -> c")}`` from ours to the other library's.
+    ``layouts`` gives the other library's name and shape for tensors inside a layer that differ in both, as an einops
+    pattern from our shape to theirs: ``{"layer_scale": ("gamma", "c 1 1 -> c")}``.
 
     Raises:
         ValueError: if the two sides of a rule do not have the same fields.
@@ -82,7 +82,7 @@ class Rules:
         """From the other library's name to ours.
 
         Raises:
-            ConversionError: if no rule knows the name, or two disagree about it.
+            ConversionError: if no rule matches the name, or two rules give it different names.
         """
         return self._rename(name, self.pairs)
 
@@ -106,7 +106,7 @@ LEAVES = Rules(
     ("num_batches_tracked", "count"),
     ("layer_scale", "layer_scale"),
 )
-"""torch.nn's names of the tensors in a layer, and ours."""
+"""torch.nn's names for the tensors in a layer, and ours."""
 
 
 class Leaf(NamedTuple):
@@ -115,16 +115,16 @@ class Leaf(NamedTuple):
     key: str
     path: str
     meta: Tensor
-    """Of our shape."""
+    """A meta tensor of our shape and dtype."""
     layout: str | None = None
-    """From our shape to the other library's, as in einops, where it is another."""
+    """An einops pattern from our shape to the other library's; None if the shapes are equal."""
 
     def theirs(self, tensor: Tensor) -> Tensor:
-        """A tensor of ours in the other library's shape; the numbers are the same ones."""
+        """Our tensor in the other library's shape, with the same values."""
         return tensor if self.layout is None else rearrange(tensor, self.layout)
 
     def ours(self, tensor: Tensor) -> Tensor:
-        """Back again."""
+        """The other library's tensor in our shape, with the same values."""
         return tensor if self.layout is None else rearrange(tensor, " -> ".join(self.layout.split(" -> ")[::-1]))
 
 
@@ -139,18 +139,18 @@ def leaves(model: Model, rules: Rules) -> tuple[list[Leaf], list[Leaf]]:
     params, state = ([found(*leaf) for leaf in tree.flatten(part).items()] for part in model.spec())
     counts = Counter(leaf.key for leaf in (*params, *state))
     if twice := {key for key, count in counts.items() if count > 1}:
-        raise ConversionError(f"the rules of {model.name} give {sorted(twice)} to two layers each")
+        raise ConversionError(f"the rules of {model.name} give each of {sorted(twice)} to two layers")
     return params, state
 
 
 def to_trees(model: Model, rules: Rules, tensors: Mapping[str, Tensor]) -> tuple[Tree, Tree]:
-    """Parameters and statistics from a flat dictionary: every key used once, every leaf filled once.
+    """Convert a flat dictionary to parameters and statistics: every key is used once, every leaf filled once.
 
-    Tensors are taken as they are, neither copied nor reshaped, but for what the rules say of layouts. Files from before
-    PyTorch 0.4.1 have no batch counters; there, as in PyTorch itself, they are zero.
+    Tensors are neither copied nor reshaped, except where the rules have layouts. Files from before PyTorch 0.4.1 have
+    no batch counters; these are set to zero, as PyTorch does.
 
     Raises:
-        ConversionError: that names missing, unexpected and mis-shaped keys.
+        ConversionError: if keys are missing, unexpected or of the wrong shape; the message names them.
     """
     names = list(tensors)
     params, state = leaves(model, rules)
@@ -169,8 +169,8 @@ def to_trees(model: Model, rules: Rules, tensors: Mapping[str, Tensor]) -> tuple
     ]
     if prefix := wrapping(names, expected):
         raise ConversionError(
-            f"all names begin with {prefix!r}, put there by a wrapper such as DataParallel or torch.compile: "
-            f"save {{key.removeprefix({prefix!r}): tensor for key, tensor in state_dict.items()}}"
+            f"all keys begin with {prefix!r}, added by a wrapper such as DataParallel or torch.compile: "
+            f"use {{key.removeprefix({prefix!r}): tensor for key, tensor in state_dict.items()}}"
         )
     complaints = [
         f"{len(keys)} {what}: {tree.some(keys)}"
@@ -178,9 +178,11 @@ def to_trees(model: Model, rules: Rules, tensors: Mapping[str, Tensor]) -> tuple
         if keys
     ]
     if model.norm == "group" and any(key.endswith(".running_mean") for key in unexpected):
-        complaints.append('norm="group" has no statistics: read them with norm="batch", and take the parameters alone')
+        complaints.append(
+            'norm="group" has no running statistics: convert with norm="batch", and keep only the parameters'
+        )
     if complaints:
-        raise ConversionError(f"the weights are not those of {model.name}; {'; '.join(complaints)}")
+        raise ConversionError(f"the weights do not fit {model.name}; {'; '.join(complaints)}")
     first, second = (
         tree.unflatten({leaf.path: leaf.ours(tensors[leaf.key]) for leaf in part}) for part in (params, state)
     )
@@ -188,7 +190,7 @@ def to_trees(model: Model, rules: Rules, tensors: Mapping[str, Tensor]) -> tuple
 
 
 def wrapping(names: Sequence[str], expected: Collection[str]) -> str | None:
-    """What all names begin with, where expected ones come after it."""
+    """The prefix that all names share and that hides expected names; None if there is none."""
     beginnings = [name[: dot.end()] for name in names[:1] for dot in re.finditer(r"\.", name)]
     shared = [each for each in beginnings if all(name.startswith(each) for name in names)]
     return next((each for each in shared if any(name.removeprefix(each) in expected for name in names)), None)
@@ -203,10 +205,10 @@ def _form(tensor: Tensor) -> str:
 
 
 def to_tensors(model: Model, rules: Rules, params: Tree, state: Tree) -> dict[str, Tensor]:
-    """The flat dictionary that `to_trees` reads; the tensors are the trees' own.
+    """Convert trees to the flat dictionary that `to_trees` reads; the tensors are the trees' own, not copies.
 
     Raises:
-        ConversionError: if the trees are not the model's.
+        ConversionError: if the trees do not fit the model.
     """
     tensors: dict[str, Tensor] = {}
     for part, given in zip(leaves(model, rules), (params, state), strict=True):
@@ -214,6 +216,6 @@ def to_tensors(model: Model, rules: Rules, params: Tree, state: Tree) -> dict[st
         wrong = {leaf.path for leaf in part} ^ found.keys()
         wrong |= {leaf.path for leaf in part if leaf.path in found and not _fits(found[leaf.path], leaf.meta)}
         if wrong:
-            raise ConversionError(f"the trees are not those of {model.name}: they differ in {tree.some(sorted(wrong))}")
+            raise ConversionError(f"the trees do not fit {model.name}: they differ in {tree.some(sorted(wrong))}")
         tensors |= {leaf.key: leaf.theirs(found[leaf.path]) for leaf in part}
     return tensors

@@ -1,13 +1,13 @@
-"""A training run: from options to a folder that holds all that was found.
+"""A training run: from options to a folder with all results.
 
 checkpoint.safetensors   the network after its best epoch, with preprocessing and class names
-states/                  where the run stands, to go on with ``--resume``
-metrics.csv              a row for each epoch
-curves.png               the same as a picture
-confusion.png            which classes the best network takes for which
-report.html              all of it on one page
-config.json              the options, the versions, and the command that runs it again
-example.png              the first picture of the held-out split, to try a prediction on
+states/                  the saved state of the run, from which ``--resume`` continues
+metrics.csv              one row per epoch
+curves.png               the metrics as curves
+confusion.png            the best network's confusion matrix
+report.html              everything on one page
+config.json              the options, the versions, and the command that repeats the run
+example.png              the first image of the test split, to try a prediction on
 """
 
 import csv
@@ -38,18 +38,18 @@ from purecnn.tree import Tree
 
 
 class RunError(ValueError):
-    """A run cannot go on in a folder."""
+    """A run cannot be resumed in a folder."""
 
 
 class Hooks(NamedTuple):
-    """What happens on the way."""
+    """Functions that are called during a run."""
 
     on_batch: Callable[[int, int], None]
-    """Called with the number of batches done and in all."""
+    """Called after each batch with the number of batches done and the total number."""
     on_epoch: Callable[[dict[str, Any]], None]
     """Called with each row of ``metrics.csv``."""
     stop: Callable[[], bool]
-    """Asked after each batch whether to stop there."""
+    """Called after each batch; if it returns True, the run saves its state and stops."""
 
 
 def new_folder(options: Options) -> Path:
@@ -60,7 +60,7 @@ def new_folder(options: Options) -> Path:
 
 
 def preprocessing(model: Model, known: Preprocessing | None, dataset: DataSet) -> Preprocessing:
-    """How the data set's pictures become the model's input: as the weights were trained, if they say so."""
+    """How the data set's images become the model's input: as the weights were trained, if that is known."""
     chosen = (known or dataset.preprocessing).adapt(size=model.image_size, channels=model.in_channels)
     if known is not None or model.pixels is None:
         return chosen
@@ -68,14 +68,16 @@ def preprocessing(model: Model, known: Preprocessing | None, dataset: DataSet) -
 
 
 def check_classes(source: Source, dataset: DataSet) -> None:
-    """That a network's classes are a data set's.
+    """Check that a network has the classes of a data set.
 
     Raises:
-        ConversionError: if they are not.
+        ConversionError: if it has not.
     """
     count = len(dataset.classes)
     if source.model.num_classes != count:
-        raise ConversionError(f"{source.model.name} has {source.model.num_classes} classes, {dataset.name} has {count}")
+        raise ConversionError(
+            f"{source.model.name} has {source.model.num_classes} classes, but {dataset.name} has {count} classes"
+        )
     if source.classes not in (None, dataset.classes):
         raise ConversionError(
             f"the network's classes ({_some(source.classes)}) are not {dataset.name}'s ({_some(dataset.classes)})"
@@ -87,16 +89,16 @@ def _some(names: Sequence[str] | None) -> str:
 
 
 def _shown(value: Any) -> str:
-    return f"{value} pictures" if isinstance(value, int) else _some(value)
+    return f"{value} images" if isinstance(value, int) else _some(value)
 
 
 def to(device: torch.device, params: Tree) -> Tree:
-    """A tree on a device."""
+    """Move a tree to a device."""
     return tree.map(lambda leaf: leaf.to(device), params)
 
 
 def holds_no_progress(folder: Path) -> bool:
-    """Whether a folder holds no more than what a run writes before it makes progress, so that it may be begun anew."""
+    """Whether a folder holds at most what a run writes before its first saved state, so a new run may start there."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if not names:
         return True
@@ -106,10 +108,10 @@ def holds_no_progress(folder: Path) -> bool:
 
 
 def check_resumable(options: Options, folder: Path) -> None:
-    """That the run in a folder was begun with the same options.
+    """Check that the run in a folder was started with the same options.
 
     Raises:
-        RunError: that names what differs.
+        RunError: if it was not; the message names what differs.
     """
     before = _config(folder, "options")
     if before is None:
@@ -117,47 +119,47 @@ def check_resumable(options: Options, folder: Path) -> None:
     now = json.loads(json.dumps(asdict(options)))
     different = [name for name in now if name not in ELSEWHERE and before.get(name) != now[name]]
     if different:
-        words = ", ".join(f"{name} was {before.get(name)} and is {now[name]}" for name in different)
-        raise RunError(f"the run in {folder} was begun with other options: {words}")
+        words = ", ".join(f"{name} was {before.get(name)}, now it is {now[name]}" for name in different)
+        raise RunError(f"the run in {folder} was started with other options: {words}")
 
 
 def check_same_data(dataset: DataSet, folder: Path) -> None:
-    """That the run in a folder was begun with the same pictures: their order is a function of how many there are.
+    """Check that the run in a folder was started with the same images, since their number decides their order.
 
     Raises:
-        RunError: that says what was and what is.
+        RunError: if it was not; the message names what was and what is.
     """
     before, now = _config(folder, "data"), json.loads(json.dumps(_data(dataset)))
     if before is None:
         return
     different = [name for name in ("classes", "train", "test") if before.get(name) != now[name]]
-    words = [f"{name} was {_shown(before.get(name))} and is {_shown(now[name])}" for name in different]
+    words = [f"{name} was {_shown(before.get(name))}, now it is {_shown(now[name])}" for name in different]
     if not words and (before.get("digest") or now["digest"]) != now["digest"]:
-        words = ["the pictures, their names, order or classes have changed"]
+        words = ["the images, their names, order or classes have changed"]
     if words:
         raise RunError(
-            f"the run in {folder} was begun with other data: {'; '.join(words)}. Bring the pictures back, or begin "
-            f"anew in another folder"
+            f"the run in {folder} was started with other data: {'; '.join(words)}. Restore the images, or start a "
+            f"new run in another folder"
         )
 
 
 def _config(folder: Path, part: str) -> dict[str, Any] | None:
-    """What a run's ``config.json`` says of its options or data; None if nothing was begun there.
+    """The options or data in a run's ``config.json``; None if no run was started in the folder.
 
     Raises:
-        RunError: if it is missing where a run stands, or damaged.
+        RunError: if the file is damaged, or missing beside saved states.
     """
     path = folder / "config.json"
     if not path.is_file():
         if states.is_empty(folder / "states"):
             return None
-        raise RunError(f"{folder} holds where a run stands, but not how it was begun: {path} is missing")
+        raise RunError(f"{folder} has the saved state of a run, but not its options: {path} is missing")
     try:
         found = json.loads(path.read_text())[part]
     except (KeyError, TypeError, ValueError):
         found = None
     if not isinstance(found, dict):
-        raise RunError(f"{path} is damaged: it does not say the {part} that the run was begun with")
+        raise RunError(f"{path} is damaged: it does not say the {part} that the run was started with")
     return found
 
 
@@ -165,13 +167,13 @@ class Outcome(NamedTuple):
     """How a run ended."""
 
     best: dict[str, Any] | None
-    """The best epoch's row; None if no epoch was done."""
+    """The best epoch's row; None if no epoch was finished."""
     epochs: int
-    """How many were done."""
+    """Number of finished epochs."""
     stopped: bool
-    """Whether it was asked to stop; it can be resumed."""
+    """Whether the run was asked to stop; it can then be resumed."""
     seconds: float
-    """Spent on the epochs that were done."""
+    """Time spent on the finished epochs."""
 
 
 def train(
@@ -185,25 +187,25 @@ def train(
     keep: int = 1,
     events: bool = False,
 ) -> Outcome:
-    """Train and write the folder; files appear as their contents become known, each at once and whole.
+    """Train, and write the run's folder; each file is written atomically as soon as its contents are known.
 
-    A folder that holds where a run stands is gone on with. In a process group all processes train, and the first one
-    writes.
+    If the folder has a saved state, the run continues from it. In a process group all processes train, and the first
+    one writes.
 
     Args:
-        options: of the run.
-        dataset: what to train on.
-        source: weights to begin with. Their heads are replaced if their classes are not the data set's.
-        folder: the run's.
-        hooks: see there.
-        every: seconds after which to write where the run stands, besides after each epoch.
-        keep: how many of these files to keep.
-        events: write the rows for TensorBoard, too, into ``events/``.
+        options: the options of the run.
+        dataset: the data set to train on.
+        source: weights to start from. Their heads are replaced if their classes are not the data set's.
+        folder: the run's folder.
+        hooks: functions to call during the run.
+        every: seconds after which to save the state, in addition to after each epoch.
+        keep: how many saved states to keep.
+        events: whether to also write the metrics for TensorBoard, into ``events/``.
 
     Raises:
-        RunError: if the folder's run was begun with other data, lacks a file, or another process trains there.
-        ModuleNotFoundError: if there are to be events, and no ``tensorboard`` is installed.
-        DivergedError: if the loss is no longer a number; the folder keeps what came before.
+        RunError: if the folder's run was started with other data, lacks a file, or another process trains there.
+        ModuleNotFoundError: if ``events`` is set and ``tensorboard`` is not installed.
+        DivergedError: if the loss becomes NaN or infinite; the folder keeps the last good state.
     """
     with ExitStack() as held:
         run = _Run(options, dataset, source, folder, hooks, every, keep, events, held)
@@ -215,7 +217,7 @@ def train(
 
 
 class _Run:
-    """What the phases of a run share. The one place with a memory, since it is about files."""
+    """What the phases of a run share; a class with mutable state, because it keeps track of files."""
 
     def __init__(
         self,
@@ -246,11 +248,11 @@ class _Run:
         self.phases = phases(options, params, self.steps)
         self.mix = mixing(options, len(dataset.classes))
         if self.mix is not None and self.model.loss is not None:
-            raise ValueError(f"mixed pictures are for cross-entropy, and {self.model.name} has a loss of its own")
+            raise ValueError(f"mixup and cutmix need cross-entropy, but {self.model.name} has a loss of its own")
         self.writes = distributed.rank() == 0
         self.events = _events(folder / "events") if events and self.writes else None
         self.written = time.monotonic()
-        for phase in self.phases:  # what cannot be is to fail before anything is written
+        for phase in self.phases:  # impossible combinations fail here, before anything is written
             training.make_step(self.model, phase.optimizer, **self._settings(phase))
         self._check_single_pictures()
         held_before = self.writes and folder.is_dir()
@@ -266,7 +268,7 @@ class _Run:
             template = self._begin(self.phases[found.phase]).train_state
             self.standing = states.like(found, template, self.device)
             if self.writes:
-                clear(folder / "checkpoint.safetensors")  # which is not written again unless a better epoch comes
+                clear(folder / "checkpoint.safetensors")  # it is written again only after a better epoch
         elif self.writes:
             folder.mkdir(parents=True, exist_ok=True)
             if not held_before:
@@ -276,15 +278,18 @@ class _Run:
                 dataset.test[0][0].save(file, format="PNG")
 
     def _check_fits(self, found: Standing) -> None:
-        """That what a file says of where a run stands can be, and that what was written on the way is there."""
+        """Check that a saved state is possible in this run, and that the checkpoint of its best epoch exists."""
         if not (0 <= found.phase < len(self.phases) and 0 <= found.position.batch <= self.steps):
-            raise RunError(f"{self.folder / 'states'} says that the run stands where it never does")
+            raise RunError(
+                f"the saved state in {self.folder / 'states'} is outside the run: phase {found.phase} of "
+                f"{len(self.phases)}, batch {found.position.batch} of {self.steps}"
+            )
         best = self.folder / "checkpoint.safetensors"
         if self.writes and found.rows and not best.is_file():
-            raise RunError(f"the run in {self.folder} cannot go on: {best}, its best network, is missing")
+            raise RunError(f"the run in {self.folder} cannot be resumed: {best}, its best network, is missing")
 
     def _check_single_pictures(self) -> None:
-        """That the network can be trained on one picture, if a step has no more: some have no variance then."""
+        """If some step has a single image, check that the network can train on it: batch statistics may need more."""
         size, count, parts = self.options.batch_size, len(self.dataset.train), distributed.world_size()
         batches = min(size, count), count % size or size
         fewest = min(len(torch.empty(batch // parts or batch).chunk(self.options.accumulate)[-1]) for batch in batches)
@@ -295,11 +300,14 @@ class _Run:
         try:
             self.model.apply(*self.model.spec(), picture, train=True, key=self.key.to("meta"))
         except (RuntimeError, ValueError) as error:
-            error.add_note(f"of {count} pictures a step gets a single one: choose another --batch-size than {size}")
+            error.add_note(
+                f"with {count} training images and --batch-size {size}, some step gets a single image: choose another "
+                f"--batch-size"
+            )
             raise
 
     def _settings(self, phase: Phase) -> dict[str, Any]:
-        """Of a phase's steps."""
+        """The settings of a phase's training steps."""
         options = self.options
         whole = phase.trainable is None
         return {
@@ -387,13 +395,13 @@ class _Run:
         return fitted.stopped
 
     def write(self, number: int, standing: Standing) -> None:
-        """Write where the run stands."""
+        """Save the state of the run."""
         if self.writes:
             states.save(self.folder / "states", number, standing, self.keep)
         self.written = time.monotonic()
 
     def write_best(self, train_state: training.TrainState) -> None:
-        """Write the network as it is now."""
+        """Write the current network as the best one."""
         params, state = train_state.averaged
         checkpoint.save(
             self.folder / "checkpoint.safetensors",
@@ -405,7 +413,7 @@ class _Run:
         )
 
     def conclude(self) -> None:
-        """Look at the best network: the pictures and the page."""
+        """Evaluate the best network, and write the confusion matrix and the report."""
         best = checkpoint.load(self.folder / "checkpoint.safetensors")[1:] if self.writes else self.weights
         params, state = distributed.from_first(best)
         params, state = to(self.device, params), to(self.device, state)
@@ -421,17 +429,17 @@ class _Run:
 
 
 def _hold(folder: Path, held: ExitStack) -> None:
-    """Keep a run's folder from other processes, until ``held`` is closed."""
+    """Lock a run's folder against other processes until ``held`` is closed."""
     if not held.enter_context(alone(folder)):
         raise RunError(f"another process trains in {folder}")
 
 
 def _found(folder: Path) -> Standing | None:
-    """As `states.load`; an error says what can be done."""
+    """Call `states.load`; an error also says what to do."""
     try:
         return states.load(folder)
     except FileError as error:
-        error.add_note("remove that file, and the run goes on from the one before it, or begins anew if there is none")
+        error.add_note("remove that file to resume from the one before it, or to start again if there is none")
         raise
 
 
@@ -439,7 +447,7 @@ def _events(folder: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise ModuleNotFoundError("events for TensorBoard need its package: pip install tensorboard") from None
+        raise ModuleNotFoundError("--tensorboard needs a package: pip install tensorboard") from None
     return SummaryWriter(str(folder))
 
 

@@ -1,4 +1,4 @@
-"""What the commands print: tables and notes for people, JSON for scripts."""
+"""Output of the commands: tables and notes for people, JSON for scripts."""
 
 import json
 import math
@@ -8,14 +8,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-# A pipe has no width of its own; without one, tables would be cut to 80 columns.
-# No markup: a file or a class may be called "[bold]".
+# A pipe has no width, so rich would cut tables to 80 columns.
+# Markup is off, because a file or a class may be called "[bold]".
 screen = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False)
 notes = Console(stderr=True, highlight=False, markup=False)
 
 
 def table(*columns: str) -> Table:
-    """A plain table; columns whose names end in ``>`` are numbers."""
+    """A plain table; columns whose names end in ``>`` are aligned to the right, for numbers."""
     result = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         result.add_column(column.rstrip(">"), justify="right" if column.endswith(">") else "left", no_wrap=True)
@@ -23,7 +23,7 @@ def table(*columns: str) -> Table:
 
 
 def print_json(value: Any) -> None:
-    """To standard output, without colours and line breaks; what is no finite number is null, as JSON has no others."""
+    """Print JSON to standard output, without colours and wrapping; NaN and infinities become null, as JSON has none."""
     print(json.dumps(_finite(value), indent=2, allow_nan=False))
 
 

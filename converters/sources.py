@@ -1,4 +1,4 @@
-"""Networks with weights: from a checkpoint, a file in torchvision's names, or what torchvision or timm publishes."""
+"""Load networks with weights from a checkpoint, a file in torchvision's names, or torchvision's or timm's downloads."""
 
 import os
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ from purecnn.tree import Tree
 
 @dataclass(frozen=True)
 class Source:
-    """A network with weights, and what is known of its input and output."""
+    """A network with weights, and what is known about its input and output."""
 
     model: Model
     params: Tree
@@ -29,13 +29,13 @@ class Source:
     preprocessing: Preprocessing | None
     classes: tuple[str, ...] | None
     origin: Mapping[str, Any] | None
-    """Of published weights, where they are from and how accurate they are."""
+    """For published weights: their source and their accuracy."""
     assumed: bool = False
-    """Whether classes and preparation are a guess: ImageNet's, since nothing says what else a file of 1,000 classes has
-    been trained on."""
+    """Whether ImageNet's classes and preprocessing are only assumed, because nothing says what a file of 1,000 classes
+    was trained on."""
 
     def single(self) -> "Source":
-        """The same in single precision, as pictures are prepared; integers stay."""
+        """The same network in single precision, the dtype of preprocessed images; integers are kept."""
         params, state = (
             tree.map(lambda leaf: leaf.float() if leaf.is_floating_point() else leaf, part)
             for part in (self.params, self.state)
@@ -44,32 +44,32 @@ class Source:
 
 
 TIMM = "timm:"
-"""What the names of timm's weights begin with."""
+"""The prefix of the names of timm's weights."""
 
 
 class NamelessError(ConversionError):
-    """Nothing says which model the weights are of."""
+    """Neither the file nor the caller says which model the weights are for."""
 
 
 def load(source: str | os.PathLike[str], name: str | None = None, entry: str | None = None) -> Source:
-    """A network with weights.
+    """Load a network with weights.
 
     Args:
-        source: a checkpoint of ours; a ``.safetensors`` or ``.pth`` file in torchvision's names; the name of weights
-            that torchvision publishes, such as ``DEFAULT``; or ``timm:`` and the name of weights that timm publishes,
-            which may be left out.
-        name: the model's; a checkpoint knows it, the others need it.
+        source: a purecnn checkpoint; a ``.safetensors`` or ``.pth`` file in torchvision's names; the name of weights
+            that torchvision publishes, such as ``DEFAULT``; or ``timm:`` followed by the name of weights that timm
+            publishes, or by nothing for its default.
+        name: the model's name; a checkpoint knows it, all other sources need it.
         entry: see `converters.files.read`.
 
     Raises:
-        FileError: if the file is missing, damaged or of another kind.
-        NamelessError: if nothing says which model the weights are of.
-        ConversionError: if it holds another model's weights.
+        FileError: if the file is missing, damaged or of the wrong kind.
+        NamelessError: if neither the source nor ``name`` says which model the weights are for.
+        ConversionError: if the source holds another model's weights.
     """
     path, words = Path(source), str(source)
     is_file = not words.startswith(TIMM) and (path.is_file() or bool(path.suffix))
     if entry is not None and not is_file:
-        raise FileError(f"an entry is part of a file, and {source} is none")
+        raise FileError(f"an entry is part of a file, but {source} is not a file: leave out the entry {entry!r}")
     found = files.contents(path, entry) if is_file else None
     if found is not None and checkpoint.is_checkpoint(found):
         about, params, state = checkpoint.restore(path, found)
@@ -77,9 +77,9 @@ def load(source: str | os.PathLike[str], name: str | None = None, entry: str | N
             raise ConversionError(f"{path} is a checkpoint of {about.model.name}, not of {name}")
         return Source(about.model, params, state, about.preprocessing, about.classes, about.origin)
     if found is not None and (kind := found.metadata.get("format", "")).startswith("purecnn"):
-        raise FileError(f"{path} is no checkpoint of this version of purecnn, but of the format {kind}")
+        raise FileError(f"{path} is not a checkpoint of the format {checkpoint.FORMAT}, but of the format {kind}")
     if name is None:
-        raise NamelessError(f"{source} does not say which model its weights are of: name it")
+        raise NamelessError(f"{source} does not say which model its weights are for: name it")
     if found is not None:
         return _from_state_dict(name, found.tensors, path.name)
     if words.startswith(TIMM):
@@ -99,16 +99,17 @@ def load(source: str | os.PathLike[str], name: str | None = None, entry: str | N
 
 
 def _published(name: str, entry: WeightsEnum) -> Model:
-    """The model as torchvision's published weights want it, for images of the size that they are evaluated at."""
+    """The model that torchvision's published weights need, for the image size that they are evaluated at."""
     settings: dict[str, Any] = {"transform_input": True} if "transform_input" in purecnn.create(name).settings else {}
     return purecnn.create(name, image_size=tv.preprocessing(entry).size, **settings)
 
 
 def _from_state_dict(name: str, state_dict: Mapping[str, Tensor], file: str) -> Source:
-    """With as many classes and channels as the weights have; if they are ImageNet's, with its preprocessing and names.
+    """Build the model with as many classes and channels as the weights have, and convert them.
 
-    What a wrapper, such as DataParallel, puts before all names is left out. Which of the published weights they are
-    tells the file's name; if it is none of theirs, they count as the default.
+    If these are ImageNet's numbers, the source gets ImageNet's preprocessing and class names. The file's name tells
+    which of torchvision's published weights they are; with any other name they are taken for the default ones. The
+    prefix that a wrapper, such as DataParallel, adds to all keys is removed.
     """
     model = purecnn.create(name)
     state_dict = tv.unwrapped(model, state_dict)

@@ -1,8 +1,8 @@
-"""Where a training run stands, as files: all that is needed to go on bit for bit.
+"""The saved states of a training run: everything that is needed to resume it bit for bit.
 
-``states/00000120.safetensors`` is the run after 120 steps: parameters, statistics, what the optimizer keeps, averages,
-and as metadata the epoch, the batch in it, and the rows of the epochs before. Keys, the order of the data and schedules
-are functions of the options and the step, so nothing else has to be kept. Files are written whole or not at all, and
+``states/00000120.safetensors`` is the run after 120 steps: parameters, statistics, optimizer state, averages, and as
+metadata the epoch, the batch in it, and the metrics of the epochs before. Random keys, the order of the data and
+schedules are functions of the options and the step, so nothing else has to be saved. Files are written atomically, and
 never unpickled.
 """
 
@@ -22,25 +22,25 @@ FORMAT = "purecnn-run-2"
 
 
 class Standing(NamedTuple):
-    """A run's position: a training in phases, each of which is a `purecnn.training.fit`."""
+    """The saved state of a run, which trains in phases, each of which is one `purecnn.training.fit`."""
 
     phase: int
     """Index of the phase."""
     position: Position
     rows: tuple[dict[str, Any], ...]
-    """Of ``metrics.csv`` so far."""
+    """The rows of ``metrics.csv`` so far."""
 
 
 def save(folder: Path, number: int, standing: Standing, keep: int) -> None:
-    """Write a file for where the run stands after ``number`` steps, and remove all but the last ``keep``.
+    """Write the run's state after ``number`` steps, and remove all but the last ``keep`` files.
 
-    Half-written files of a process that was killed go, too: a run has one writer.
+    Half-written files of a killed process are removed too, since a run has only one writer.
 
     Args:
-        folder: the run's ``states``.
+        folder: the run's ``states`` folder.
         number: steps done in all phases; names the file.
-        standing: where the run stands.
-        keep: how many files are left, at least 1.
+        standing: the state to save.
+        keep: how many files to keep, at least 1.
     """
     phase, position, rows = standing
     params, state, opt_state, step, extra = position.train_state
@@ -63,18 +63,18 @@ def save(folder: Path, number: int, standing: Standing, keep: int) -> None:
     }
     written = folder / f"{number:08}.safetensors"
     write(written, tree.flatten(trees), metadata)
-    others = [path for path in _files(folder) if path != written]  # the last by name may be another run's
+    others = [path for path in _files(folder) if path != written]  # the last by name may be from another run
     for old in others[: max(0, len(others) + 1 - keep)]:
         old.unlink(missing_ok=True)
-    for half in folder.glob(".[0-9]*.safetensors.*"):  # `replacing`'s folders
+    for half in folder.glob(".[0-9]*.safetensors.*"):  # temporary folders of `replacing`
         shutil.rmtree(half, ignore_errors=True)
 
 
 def load(folder: Path) -> Standing | None:
-    """The last position of a run, if there is one.
+    """Read the last saved state of a run; None if there is none.
 
     Raises:
-        FileError: if its file is damaged or of another kind.
+        FileError: if its file is damaged or of the wrong kind.
     """
     files = _files(folder)
     if not files:
@@ -82,7 +82,10 @@ def load(folder: Path) -> Standing | None:
     path = files[-1]
     tensors, metadata = contents(path)
     if metadata.get("format") != FORMAT:
-        raise FileError(f"{path} does not hold where a run of this version of purecnn stands")
+        raise FileError(
+            f"{path} is not a saved state of this version of purecnn: expected the format {FORMAT}, "
+            f"found {metadata.get('format')}"
+        )
     try:
         found = json.loads(metadata["standing"])
         trees = tree.unflatten(tensors)
@@ -100,11 +103,11 @@ def load(folder: Path) -> Standing | None:
         )
         return Standing(found["phase"], position, tuple(found["rows"]))
     except (KeyError, TypeError, ValueError) as error:
-        raise FileError(f"{path} does not say where a run stands: {error!r}") from error
+        raise FileError(f"{path} is not a valid saved state of a run: {error!r}") from error
 
 
 def like(standing: Standing, start: TrainState, device: torch.device) -> Standing:
-    """The same on a device, its trees in the order of a fresh train state's: a file sorts its keys.
+    """Move a saved state to a device, with its trees in the order of a fresh train state, since a file sorts its keys.
 
     Raises:
         FileError: if the trees differ in names or shapes.
@@ -112,7 +115,9 @@ def like(standing: Standing, start: TrainState, device: torch.device) -> Standin
 
     def sort(what: str, model: Tree, found: Tree) -> Tree:
         if different := tree.differences(model, found):
-            raise FileError(f"the run's {what} is another network's or optimizer's: {tree.some(different)}")
+            raise FileError(
+                f"the {what} in the run's saved state does not fit the network and optimizer: {tree.some(different)}"
+            )
         return _ordered(model, found, device)
 
     given = standing.position.train_state
@@ -126,7 +131,7 @@ _PARTS = ("params", "state", "opt_state", "extra")
 
 
 def _ordered(model: Tree, found: Tree, device: torch.device) -> Tree:
-    """By the model's order, with its empty branches, which no path in a file tells of, and its layout in memory."""
+    """Copy ``found`` into the order and memory layout of ``model``, with its empty branches, which files lack."""
     return {
         name: _ordered(child, found.get(name, {}), device)
         if isinstance(child, dict)
@@ -136,7 +141,7 @@ def _ordered(model: Tree, found: Tree, device: torch.device) -> Tree:
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether a folder holds no position of a run; it need not be there."""
+    """Whether a folder contains no saved state; it need not exist."""
     return not _files(folder)
 
 

@@ -1,10 +1,10 @@
-"""timm: its state_dicts and modules, to and from our trees; of torchvision's networks, those that timm has weights for.
+"""Convert timm's state_dicts and modules to and from our trees, also for torchvision's networks with weights in timm.
 
     params, state = from_state_dict(model, module.state_dict())
     params, state = pretrained(model)          # the weights that timm publishes, through timm's own loading
 
-`converters.library` has the functions' descriptions. timm itself is needed only to build its modules and for
-`pretrained`: ``pip install timm``.
+`converters.library` documents the functions. timm itself is needed only for `about` and `pretrained`, and for
+`to_state_dict` and `to_module`, which build its modules: ``pip install timm``.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ from purecnn.data import Preprocessing
 from purecnn.tree import Tree
 
 FAMILIES = peers_residual.TIMM | peers_inception.TIMM | peers_multipath.TIMM | peers_shared.TIMM
-"""By the model's name."""
+"""The rules and module of each network, by the model's name."""
 
 NAMES = {
     "inception_v4": "inception_v4.tf_in1k",
@@ -79,7 +79,8 @@ NAMES = {
     "convnext_base": "convnext_base.fb_in22k_ft_in1k",
     "convnext_large": "convnext_large.fb_in22k_ft_in1k",
 }
-"""Ours, and timm's names of the published weights that fit, of several the default; MobileNet v1's go with ReLU6."""
+"""Our model names, each with timm's name for published weights that fit it: the default ones if there are several.
+MobileNet v1 is missing, because timm's weights were trained with ReLU6."""
 
 LIBRARY = Library("timm", lambda model: FAMILIES.get(model.name))
 
@@ -90,44 +91,45 @@ to_module = LIBRARY.to_module
 
 
 def pretrained(model: Model, weights: str | None = None) -> tuple[Tree, Tree]:
-    """The weights that timm publishes on the Hugging Face hub, downloaded, checked and cached by timm.
+    """The weights that timm publishes on the Hugging Face Hub, downloaded, checked and cached by timm.
 
-    Both networks are run on an image: timm's ``tf_efficientnet_b0`` has the names and shapes of `efficientnet_b0`, and
-    pads in TensorFlow's way.
+    Both networks are run on an image and compared, because matching names and shapes are not enough: timm's
+    ``tf_efficientnet_b0`` has those of ``efficientnet_b0``, but TensorFlow's padding.
 
     Args:
         model: created with the settings that the weights were trained with.
-        weights: timm's name of them, as in ``"inception_v4.tf_in1k"``; by default the one in `NAMES`.
+        weights: timm's name for them, such as ``"inception_v4.tf_in1k"``; by default the one in `NAMES`.
 
     Raises:
-        ConversionError: if timm has no such weights, they cannot be had, or timm computes something else with them.
+        ConversionError: if timm has no such weights, if they cannot be downloaded, or if timm computes something else
+            with them.
     """
     name = _known(model, weights)
     try:
         module = _timm().create_model(name, pretrained=True)
     except (OSError, RuntimeError) as error:
-        raise ConversionError(f"timm's {name} cannot be had ({str(error).splitlines()[0]})") from error
+        raise ConversionError(f"timm's {name} cannot be loaded: {str(error).splitlines()[0]}") from error
     return LIBRARY.from_module(model, module, name, model.image_size, _BOUNDS.get(model.name, 1e-3))
 
 
 _BOUNDS = {"nasnet_a_large": 0.03}
-"""Where timm is known to compute something else, within how much: its means count the padding in NASNet."""
+"""Larger bounds for networks where timm is known to compute something else: its means count the padding in NASNet."""
 
 
 def about(model: Model, weights: str | None = None) -> tuple[Model, Preprocessing, dict[str, Any]]:
-    """What timm says of published weights.
+    """The model, the preprocessing and the origin of published weights, as timm describes them.
 
     Args:
-        model: one of the table's.
+        model: one of those in `NAMES`.
         weights: as in `pretrained`.
 
     Returns:
-        The model with as many classes as the weights, without auxiliary heads, and for images of the size that they
-        are evaluated with; what is done to a picture before; where the weights are from (JSON-able).
+        The model with as many classes as the weights, without auxiliary heads, and for the image size that they are
+        evaluated at; the preprocessing; the source of the weights (JSON-serialisable).
 
     Raises:
-        ConversionError: if timm has no such weights, they are without a head, or they want pictures cut in another way
-            than out of the middle.
+        ConversionError: if timm has no such weights, if they have no head, or if they need a crop other than the centre
+            crop.
     """
     name = _known(model, weights)
     timm = _timm()
@@ -135,8 +137,8 @@ def about(model: Model, weights: str | None = None) -> tuple[Model, Preprocessin
         raise ConversionError(f"timm has no weights {name!r}")
     found = timm.get_pretrained_cfg(name)
     if found.num_classes < 1 or found.crop_mode != "center":
-        what = "have no head" if found.num_classes < 1 else f"want pictures cut in the way of {found.crop_mode!r}"
-        raise ConversionError(f"timm's {name} {what}")
+        what = "have no head" if found.num_classes < 1 else f"need the crop {found.crop_mode!r}, expected 'center'"
+        raise ConversionError(f"timm's weights {name!r} {what}")
     channels, size, _ = found.input_size
     preprocessing = Preprocessing(
         size, channels, int(size / found.crop_pct), tuple(found.mean), tuple(found.std), found.interpolation
@@ -148,9 +150,9 @@ def about(model: Model, weights: str | None = None) -> tuple[Model, Preprocessin
 
 
 def _known(model: Model, weights: str | None) -> str:
-    """timm's name of weights."""
+    """timm's name for the weights: the given one, or the model's default."""
     if not LIBRARY.has(model) or model.name not in NAMES:
-        raise ConversionError(f"timm publishes no weights that fit {model.name}; it does of {', '.join(NAMES)}")
+        raise ConversionError(f"timm publishes no weights that fit {model.name}; it does for {', '.join(NAMES)}")
     return weights or NAMES[model.name]
 
 

@@ -1,4 +1,4 @@
-"""The command ``purecnn train``: from words to `converters.options.Options`, and what is seen on the way."""
+"""The command ``purecnn train``: from the command line to `converters.options.Options`, and the run's progress."""
 
 import math
 import os
@@ -37,7 +37,7 @@ from converters.options import OptimizerName, Options, PrecisionName, ScheduleNa
 from converters.screen import notes, print_json, screen
 from purecnn import distributed
 
-# Bounds of typer are allowed values themselves; these are not.
+# typer's bounds are inclusive; these are exclusive.
 
 
 def _positive(value: float | None) -> float | None:
@@ -63,82 +63,89 @@ def train(
     data_name: Data = "digits",
     like: Annotated[
         str | None,
-        typer.Option(help="Prepare and vary a folder's pictures as cifar10's, mnist's ...; else as photographs."),
+        typer.Option(help="Preprocess and augment a folder's images as cifar10, mnist ...; by default as photographs."),
     ] = None,
     source: Annotated[
         str | None,
         typer.Option(
-            "--from", help="Weights to begin with: a checkpoint, a file in torchvision's names, DEFAULT, or timm:NAME."
+            "--from", help="Weights to start from: a checkpoint, a file in torchvision's names, DEFAULT, or timm:NAME."
         ),
     ] = None,
     out: Out = None,
     resume: Resume = False,
     epochs: Annotated[
-        int | None, typer.Option(min=1, help="Times through the data; by default 10, or 30 without --from.")
+        int | None, typer.Option(min=1, help="Number of epochs; by default 10, or 30 without --from.")
     ] = None,
     batch_size: BatchSize = 32,
-    optimizer: Annotated[OptimizerName, typer.Option(help="Update rule.")] = OptimizerName.adamw,
+    optimizer: Annotated[OptimizerName, typer.Option(help="Optimizer.")] = OptimizerName.adamw,
     learning_rate: Annotated[
         float | None,
-        typer.Option("--learning-rate", "--lr", min=0, help="At its peak; by default 0.002, with --from 0.00005."),
+        typer.Option("--learning-rate", "--lr", min=0, help="Peak value; by default 0.002, with --from 0.00005."),
     ] = None,
-    schedule: Annotated[ScheduleName, typer.Option(help="Course of the learning rate.")] = ScheduleName.cosine,
-    warmup: Annotated[int, typer.Option(min=0, help="First epochs, in which the learning rate rises.")] = 0,
+    schedule: Annotated[ScheduleName, typer.Option(help="Learning-rate schedule.")] = ScheduleName.cosine,
+    warmup: Annotated[int, typer.Option(min=0, help="Number of first epochs with a rising learning rate.")] = 0,
     momentum: Annotated[
-        float, typer.Option(min=0, callback=_below_one, help="Of sgd, rmsprop, lars and muon; less than 1.")
+        float, typer.Option(min=0, callback=_below_one, help="For sgd, rmsprop, lars and muon; less than 1.")
     ] = 0.9,
     weight_decay: Annotated[float, typer.Option(min=0, help="Not applied to biases and normalisation.")] = 1e-4,
     clip: Annotated[
-        float | None, typer.Option(callback=_positive, help="Scale gradients of a larger norm down to it.")
+        float | None, typer.Option(callback=_positive, help="Maximum gradient norm; larger gradients are scaled down.")
     ] = None,
     label_smoothing: Annotated[
-        float, typer.Option(min=0, callback=_below_one, help="Less than 1; 0.1 for ImageNet.")
+        float, typer.Option(min=0, callback=_below_one, help="Less than 1; 0.1 is usual for ImageNet.")
     ] = 0.0,
     mixup: Annotated[
-        float | None, typer.Option(callback=_positive, help="Mix pictures; alpha of the beta distribution.")
+        float | None, typer.Option(callback=_positive, help="Mix images; alpha of the beta distribution.")
     ] = None,
     cutmix: Annotated[
-        float | None, typer.Option(callback=_positive, help="Paste pictures into others; alpha likewise.")
+        float | None, typer.Option(callback=_positive, help="Paste parts of images into others; alpha as for --mixup.")
     ] = None,
     average: Annotated[
-        float | None, typer.Option(callback=_share, help="Keep and evaluate a moving average of this memory: 0.999.")
+        float | None,
+        typer.Option(callback=_share, help="Decay of a moving average of the weights, which is evaluated; e.g. 0.999."),
     ] = None,
     head_epochs: Annotated[
         int | None,
-        typer.Option(min=0, help="First epochs, that train the head alone; by default a third of all with --from."),
+        typer.Option(min=0, help="First epochs, which train only the head; by default a third of all with --from."),
     ] = None,
     stage_epochs: Annotated[
-        int, typer.Option(min=0, help="Then let one more stage join every so many epochs, the last stage first.")
+        int, typer.Option(min=0, help="Then unfreeze one more stage every so many epochs, the last stage first.")
     ] = 0,
     stage_decay: Annotated[
-        float, typer.Option(min=0, max=1, help="Each stage's learning rate, as a share of the next stage's.")
+        float, typer.Option(min=0, max=1, help="Each stage's learning rate as a fraction of the next stage's.")
     ] = 1.0,
-    accumulate: Annotated[int, typer.Option(min=1, help="Parts of a batch that are worked through in turn.")] = 1,
-    precision: Annotated[PrecisionName, typer.Option(help="Numbers to compute with.")] = PrecisionName.float32,
-    channels_last: Annotated[bool, typer.Option("--channels-last", help="Layout of images in memory.")] = False,
-    remat: Annotated[bool, typer.Option("--remat", help="Less memory: compute twice what blocks have inside.")] = False,
-    image_size: Annotated[int | None, typer.Option(min=1, help="Side of the images, pixels.")] = None,
+    accumulate: Annotated[int, typer.Option(min=1, help="Number of parts that a batch is processed in.")] = 1,
+    precision: Annotated[PrecisionName, typer.Option(help="Dtype to compute in.")] = PrecisionName.float32,
+    channels_last: Annotated[
+        bool, typer.Option("--channels-last", help="Use PyTorch's channels_last memory format.")
+    ] = False,
+    remat: Annotated[
+        bool, typer.Option("--remat", help="Save memory: recompute the insides of blocks in the backward pass.")
+    ] = False,
+    image_size: Annotated[int | None, typer.Option(min=1, help="Height and width of the images in pixels.")] = None,
     seed: Seed = 0,
     root: Root = None,
     skip_bad: SkipBad = False,
     workers: Workers = 0,
     device: Device = "auto",
-    compile: Annotated[bool | None, typer.Option("--compile/--no-compile", help="By default on a GPU.")] = None,
-    capture: Annotated[bool, typer.Option("--capture", help="On a GPU: the step as one CUDA graph.")] = False,
+    compile: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="Use torch.compile; by default on a GPU.")
+    ] = None,
+    capture: Annotated[bool, typer.Option("--capture", help="On a GPU: run the step as one CUDA graph.")] = False,
     synchronize: Annotated[
         bool, typer.Option("--synchronize", help="Batch normalisation over all processes of torchrun.")
     ] = False,
     checkpoint_every: Annotated[
-        float, typer.Option(min=0, help="Seconds after which to write where the run stands, besides each epoch.")
+        float, typer.Option(min=0, help="Seconds between saved states; one is also saved after each epoch.")
     ] = 60.0,
-    keep: Annotated[int, typer.Option(min=1, help="How many of these files to keep.")] = 1,
-    events: Annotated[bool, typer.Option("--tensorboard", help="Write events for TensorBoard, too.")] = False,
+    keep: Annotated[int, typer.Option(min=1, help="Number of saved states to keep.")] = 1,
+    events: Annotated[bool, typer.Option("--tensorboard", help="Also write events for TensorBoard.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train a network, from scratch or from weights; the run leaves a folder with all that it found.
+    """Train a network, from scratch or from weights; all results are written to the run's folder.
 
     Under torchrun all processes train together: torchrun --nproc-per-node 2 -m converters.cli train ... --out FOLDER
-    --resume. Interrupted, a run writes where it stands and stops; --resume goes on bit for bit.
+    --resume. On SIGINT or SIGTERM a run saves its state and stops; --resume continues it bit for bit.
     """
     if epochs is None:
         epochs = 30 if source is None else 10
@@ -216,10 +223,10 @@ def train(
 
 
 def _run_folder(options: Options, out: Path | None, resume: bool) -> Path:
-    """Where the run goes; nothing is overwritten."""
+    """The folder of the run; nothing in it is overwritten."""
     if out is None:
         if resume or distributed.world_size() > 1:
-            raise typer.BadParameter("a run of many processes, or to go on with, needs its folder", param_hint="--out")
+            raise typer.BadParameter("--resume, and a run of several processes, need --out FOLDER", param_hint="--out")
         out = run.new_folder(options)
         writable(out)
         return out
@@ -229,14 +236,16 @@ def _run_folder(options: Options, out: Path | None, resume: bool) -> Path:
         run.check_resumable(options, out)
     else:
         raise typer.BadParameter(
-            f"{out} is not empty: nothing is overwritten; --resume goes on with it", param_hint="--out"
+            f"{out} is not empty, and nothing is overwritten: add --resume to continue the run in it, or choose "
+            "another folder",
+            param_hint="--out",
         )
     return out
 
 
 @contextmanager
 def process_group(device: str) -> Iterator[torch.device]:
-    """Join the processes that torchrun has started, if it has; gives the device to work on."""
+    """Join torchrun's process group, if there is one; yields the device to work on."""
     where = pick_device(device)
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield where
@@ -245,7 +254,7 @@ def process_group(device: str) -> Iterator[torch.device]:
         where = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(where)
     store, rank, size = next(rendezvous("env://"))
-    # The store outlives a restart, and with it the addresses of processes that are gone: each attempt has its own keys.
+    # The store, with the addresses of processes that are gone, survives a restart: each attempt uses its own keys.
     own = PrefixStore(f"attempt{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     backend = "nccl" if where.type == "cuda" else "gloo"
     torch.distributed.init_process_group(backend, store=own, rank=rank, world_size=size)
@@ -257,7 +266,7 @@ def process_group(device: str) -> Iterator[torch.device]:
 
 @contextmanager
 def asked_to_stop() -> Iterator[list[int]]:
-    """Collects the signals that ask the program to stop, instead of stopping it; a second one stops it."""
+    """Collect SIGINT and SIGTERM in a list instead of stopping the program; a second signal stops it."""
     found: list[int] = []
 
     def note(number: int, frame: Any) -> None:
@@ -274,7 +283,7 @@ def asked_to_stop() -> Iterator[list[int]]:
 
 
 def _tell(result: run.Outcome, options: Options, folder: Path, skipped: int, as_json: bool) -> None:
-    """What came out."""
+    """Print the result of a run."""
     best = result.best
     if as_json:
         facts = {"folder": str(folder), "stopped": result.stopped, "seconds": result.seconds, "skipped": skipped}
@@ -286,10 +295,10 @@ def _tell(result: run.Outcome, options: Options, folder: Path, skipped: int, as_
             f"{best['epoch']}, the best of {result.epochs}; {result.seconds:.0f} s of training"
         )
     if result.stopped:
-        screen.print(f"stopped; the same command with --out {folder} --resume goes on bit for bit")
+        screen.print(f"stopped; the same command with --out {folder} --resume continues bit for bit")
     screen.print(f"everything is in {folder}{'/' if not str(folder).endswith('/') else ''}")
     if skipped:
-        screen.print(f"{skipped} files were no pictures and left out; config.json names them")
+        screen.print(f"{skipped} files were not images and were left out; config.json names them")
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Proof that a model computes what torchvision's computes, bit for bit, and that weights go both ways unchanged."""
+"""Check that a model computes what torchvision's does, bit for bit, and that conversion there and back is exact."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,25 +20,25 @@ from purecnn.tree import Tree
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What was compared, each exactly; None where there is nothing to compare."""
+    """The result of each comparison, all exact: whether it is equal; None where there is nothing to compare."""
 
     model: str
     evaluation: bool
     """Logits with running statistics."""
     training: bool
-    """Logits with the batch's statistics, and with the same masks of dropout and stochastic depth."""
+    """Logits with batch statistics, and with the same masks of dropout and stochastic depth."""
     auxiliary: bool | None
     """Logits of the auxiliary heads."""
     gradients: bool
-    """Of every parameter, by `torch.autograd` on both sides."""
+    """Gradients of every parameter, by `torch.autograd` on both sides."""
     statistics: bool | None
-    """The running ones after the training step."""
+    """Running statistics after the training step."""
     round_trip: bool
-    """state_dict to trees to state_dict, and back again: keys, order, values and ``_metadata``; loading is strict."""
+    """From state_dict to trees and back: keys, order, values and ``_metadata``; loading is strict."""
     parameters: bool
-    """Their number, against what torchvision publishes."""
+    """The number of parameters, against the number that torchvision publishes."""
     macs: bool
-    """Multiplications, against what torchvision publishes (rounded to millions)."""
+    """The number of multiplications, against the number that torchvision publishes (rounded to millions)."""
 
     @property
     def equal(self) -> bool:
@@ -46,22 +46,23 @@ class Report:
         return all(getattr(self, check) is not False for check in CHECKS)
 
     def to_dict(self) -> dict[str, str | bool | None]:
-        """For JSON."""
+        """The report as a dictionary for JSON, with ``equal`` as a summary."""
         return {**asdict(self), "equal": self.equal}
 
 
 CHECKS = tuple(field.name for field in fields(Report)[1:])
-"""What a report compares."""
+"""The names of the comparisons in a report."""
 
 
 def verify(name: str, *, image_size: int = 96, batch: int = 2, seed: int = 0) -> Report:
-    """Compare a model with torchvision's, with random weights, running statistics, images and masks.
+    """Compare a model with torchvision's, using random weights, running statistics, images and masks.
 
     Args:
-        name: of a model that torchvision has too.
-        image_size: side of the random images, pixels; for a network that takes no images as small, its own size.
+        name: the name of a model that torchvision has too.
+        image_size: height and width of the random images in pixels; a network that needs larger images gets its own
+            size.
         batch: number of images.
-        seed: of all that is random.
+        seed: seed of all random numbers.
 
     Raises:
         ConversionError: if torchvision does not have the model.
@@ -84,7 +85,7 @@ def verify(name: str, *, image_size: int = 96, batch: int = 2, seed: int = 0) ->
         logits, *aux = _heads(module(x))
     _loss([logits, *aux]).backward()  # type: ignore[no-untyped-call]
 
-    # By torch.autograd, as torchvision's: under torch.func.grad torch differentiates SiLU by another formula.
+    # Use torch.autograd, as for torchvision's: under torch.func.grad PyTorch differentiates SiLU by another formula.
     leaves = tree.map(lambda leaf: leaf.detach().requires_grad_(), params)
     y, new_state = model.apply(leaves, state, x, train=True, key=key)
     ours = [y.logits, *y.aux] if isinstance(y, Outputs) else [y]
@@ -109,7 +110,7 @@ def verify(name: str, *, image_size: int = 96, batch: int = 2, seed: int = 0) ->
 
 
 def _drawn(meta: Tree, key: Tensor) -> Tree:
-    """Values as training could have left them: no leaf is constant, activations keep their size."""
+    """Random values like those of a trained network: no leaf is constant, and activations keep their scale."""
 
     def draw(path: str, leaf: Tensor, key: Tensor) -> Tensor:
         kind = path.rpartition(".")[2]
@@ -127,7 +128,7 @@ def _drawn(meta: Tree, key: Tensor) -> Tree:
 
 
 def _side(model: Model, image_size: int) -> int:
-    """The wanted size, if the network can be trained on images of it."""
+    """The requested size if the network can be trained on such images, else the network's own."""
     try:
         purecnn.create(model.name, image_size=image_size).spec()
     except RuntimeError:
@@ -150,23 +151,23 @@ def _masks(model: Model, params: Tree, state: Tree, x: Tensor, key: Tensor) -> l
 
 @contextmanager
 def _drawing(masks: list[tuple[float, Tensor]]) -> Iterator[None]:
-    """Have torchvision's own dropout and stochastic depth draw these masks, which are used up."""
+    """Make torchvision's dropout and stochastic depth draw these masks, removing each from the list."""
 
     class Draw(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if func is not torch.ops.aten.bernoulli_.float:
                 return func(*args, **(kwargs or {}))
-            noise, probability = args if len(args) == 2 else (*args, 0.5)  # which is the operator's default
+            noise, probability = args if len(args) == 2 else (*args, 0.5)  # the operator's default
             if masks and masks[0][0] == probability and masks[0][1].numel() == noise.numel():
                 return noise.copy_(masks.pop(0)[1].reshape(noise.shape))
-            return func(*args, **(kwargs or {}))  # another law: the masks left over tell
+            return func(*args, **(kwargs or {}))  # another distribution: masks remain, which counts as a difference
 
     with Draw():  # type: ignore[no-untyped-call]
         yield
 
 
 def _heads(output: "Tensor | tuple[Tensor, ...]") -> list[Tensor]:
-    """The logits, then those of the auxiliary heads from shallow to deep; torchvision has them from deep to shallow."""
+    """The logits, then the auxiliary heads' from shallow to deep; torchvision has these from deep to shallow."""
     if isinstance(output, Tensor):
         return [output]
     logits, *aux = output
@@ -193,13 +194,13 @@ def _round_trip(model: Model, module: nn.Module, params: Tree, state: Tree) -> b
 
 
 def _parameters(model: Model) -> bool:
-    """torchvision leaves GoogLeNet's auxiliary heads out, and counts Inception v3's."""
+    """torchvision's published number leaves out GoogLeNet's auxiliary heads, but counts Inception v3's."""
     params, _ = model.spec()
     counts = {tree.size(params), tree.size({part: params[part] for part in params if not part.startswith("aux")})}
     return all(entry.meta["num_params"] in counts for entry in get_model_weights(model.name))
 
 
 def _macs(model: Model) -> bool:
-    """For each of the published weights, at the image size that it is evaluated at."""
+    """For each entry of published weights, at the image size that it is evaluated at."""
     published = {(tv.preprocessing(entry).size, entry.meta["_ops"]) for entry in get_model_weights(model.name)}
     return all(round(summarize(model, size)[0].macs / 1e9, 3) == ops for size, ops in published)

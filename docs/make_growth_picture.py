@@ -1,10 +1,10 @@
-"""Draws ``growth.png``: how time and memory of a training step grow, beside torchvision's.
+"""Draw ``growth.png``: how time and memory of a training step grow, compared with torchvision.
 
     python docs/make_growth_picture.py
 
 One network of each kind: plain (VGG), residual (ResNet), dense (DenseNet), depthwise (MobileNet v2), each with batch
-normalisation. Times are medians of the processor's time on one thread, in turns; memory is the most that tensors made
-in a pass hold at one time, counted operator by operator, which is the same on every machine.
+normalisation. Times are medians of CPU time on one thread, measured alternately; memory is the peak of what tensors
+made in a pass hold, counted operator by operator, so it is the same on every machine.
 """
 
 import statistics
@@ -39,14 +39,14 @@ CLASSES = 10
 
 
 def twin(kind: str, depth: int) -> Twin:
-    """Ours and torchvision's, with ``depth`` layers or blocks in a stage."""
+    """Our network and torchvision's, with ``depth`` layers or blocks in a stage (DenseNet: three times as many)."""
     module: nn.Module
     if kind == "VGG":
         widths = (64, 128, 256)
         layers = make_layers([width for w in widths for width in ([w] * depth + ["M"])], batch_norm=True)
         module = VGG(layers, CLASSES, dropout=0.0)
         model = purecnn.create("vgg11_bn", num_classes=CLASSES, widths=widths, depths=(depth,) * 3, dropout=0.0)
-        # torchvision's first linear layer is made for 512 channels.
+        # torchvision's first linear layer expects 512 channels.
         module.classifier[0] = nn.Linear(widths[-1] * 49, 4096)
     elif kind == "ResNet":
         module = ResNet(BasicBlock, [depth] * 4, CLASSES)
@@ -62,7 +62,7 @@ def twin(kind: str, depth: int) -> Twin:
 
 
 def runs(kind: str, batch: int, size: int, depth: int, members: int = 1) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """The gradient of both; of several members, evaluation under ``vmap`` on both sides."""
+    """Functions that run ours and theirs: the gradient, or for several members their evaluation under ``vmap``."""
     model, params, state, module = twin(kind, depth)
     x, labels = torch.randn(batch, 3, size, size), torch.randint(CLASSES, (batch,))
     if members > 1:
@@ -90,7 +90,7 @@ def runs(kind: str, batch: int, size: int, depth: int, members: int = 1) -> tupl
 
 
 class Memory(TorchDispatchMode):
-    """The most bytes that were held at one time in storages made inside."""
+    """Records the peak number of bytes held in storages that are made inside the context."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ def _is_tensor(leaf: Any) -> bool:
 
 
 def measure(kind: str, seconds: float, **where: int) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Milliseconds, and megabytes, of ours and of theirs."""
+    """Median milliseconds of ours and theirs, and peak megabytes of ours and theirs."""
     both = runs(kind, **{"batch": BATCH, "size": SIZE, "depth": DEPTH, **where})
     times: tuple[list[float], list[float]] = ([], [])
     end = time.perf_counter() + seconds

@@ -1,4 +1,4 @@
-"""Fills in the tables of ``history.md`` from the code, and draws ``timeline.png``."""
+"""Fill in the tables of ``history.md`` from the code, and draw ``timeline.png``."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -18,7 +18,7 @@ TABLE = re.compile(r"(<!-- (\d{4}) -->\n).*?(<!-- end -->)", re.DOTALL)
 HEAD = "| groups | network | parameters | published, % | on | source |\n|---|---|---:|---|---|---|\n"
 
 SURVEY, OURS = "#0072b2", "#d55e00"
-"""Two colours that also differ to the colour-blind."""
+"""Two colours that colour-blind readers can tell apart."""
 NAMED = {
     "alexnet_2012": (8, -3), "zfnetb": (9, -3), "vgg19": (10, -4), "alexnet": (8, -3), "bn_inception": (8, -3),
     "inception_v3": (7, 5), "resnet152": (8, -7), "squeezenet1_0": (8, -3), "densenet161": (10, -11),
@@ -47,7 +47,7 @@ def line(row: Mapping[str, Any]) -> str:
 
 
 def filled(page: str, rows: Iterable[Mapping[str, Any]]) -> str:
-    """The page with its tables.
+    """The page with its tables filled in.
 
     Raises:
         ValueError: if a year of the history has no place in the page.
@@ -59,7 +59,7 @@ def filled(page: str, rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def accuracy(row: Mapping[str, Any]) -> float | None:
-    """Top-1 on ImageNet, percent; None where something else was published."""
+    """The published top-1 accuracy on ImageNet in percent; None if another result was published."""
     result = row["published"]
     if result is None or result["data"] != "ImageNet" or not result["metric"].startswith("top-1"):
         return None
@@ -67,10 +67,10 @@ def accuracy(row: Mapping[str, Any]) -> float | None:
 
 
 def draw(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
-    """Accuracy by year; the area of a point is its number of parameters."""
+    """Draw accuracy by year; the area of a point is proportional to the number of parameters."""
     figure = Figure(figsize=(10, 5.4), layout="constrained")
     axes = figure.subplots()
-    # SWAG's weights saw billions of further pictures.
+    # Leave out SWAG's weights, which were trained on billions of additional images.
     scored = [(row, score) for row in rows if (score := accuracy(row)) and "SWAG" not in row["published"]["source"]]
     for in_survey, colour, label in ((True, SURVEY, "groups of the survey"), (False, OURS, "groups of our own")):
         part = [(row, score) for row, score in scored if Group(row["groups"][0]).in_survey == in_survey]

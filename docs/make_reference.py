@@ -1,4 +1,4 @@
-"""Writes ``reference.md``: every public name, with its arguments and what it is, from the code's docstrings."""
+"""Write ``reference.md``: every public name, with its arguments and a description from its docstring."""
 
 import ast
 import importlib
@@ -55,7 +55,7 @@ ROOMS = {
         "converters.verify",
     ),
 }
-"""The modules that users import from, by what they are for."""
+"""The modules that users import from, grouped by purpose."""
 
 HEAD = """# Reference
 
@@ -66,7 +66,7 @@ stands before what is given by keyword. The architectures are [the zoo's](zoo.md
 
 
 def documented(module: ModuleType) -> dict[str, str]:
-    """The values of a module below which a string says what they are, here or where they are imported from."""
+    """The docstrings of a module's values: the strings that follow their definitions, here or where they come from."""
     body = ast.parse(inspect.getsource(module)).body
     origins = [node.module for node in body if isinstance(node, ast.ImportFrom) and node.module and node.level == 0]
     imported = (
@@ -91,7 +91,7 @@ def documented(module: ModuleType) -> dict[str, str]:
 
 
 def arguments(value: Any) -> str:
-    """The names of a function's arguments, or of those that a class is made from or called with."""
+    """The names of a function's arguments, or of the arguments of a class's constructor or of a protocol's call."""
     if inspect.isclass(value) and issubclass(value, Exception):
         return ""
     signature = inspect.signature(value.__call__ if getattr(value, "_is_protocol", False) else value)
@@ -104,18 +104,18 @@ def arguments(value: Any) -> str:
 
 
 def sentence(text: str | None) -> str:
-    """The first sentence of a docstring, on one line."""
+    """The first paragraph of a docstring, on one line."""
     words = " ".join((text or "").partition("\n\n")[0].split())
     return re.sub(":[a-z]+:`", "`", words.replace("``", "`")).replace("|", "\\|")
 
 
 def row(name: str, value: Any) -> str:
-    """Of a function or a class."""
+    """The table row of a function or a class."""
     return f"| `{name}{arguments(value)}` | {sentence(value.__doc__)} |\n"
 
 
 def rows(module: ModuleType, seen: set[int]) -> Iterator[str]:
-    """Rows for each name that was not listed before: what ``__all__`` says, else what the module defines."""
+    """The rows of all names not listed before: those in ``__all__``, or else those that the module defines."""
     values, stated = documented(module), getattr(module, "__all__", None)
     for name in vars(module) if stated is None else stated:
         value = getattr(module, name)

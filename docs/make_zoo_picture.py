@@ -1,4 +1,4 @@
-"""Draws ``zoo.png``: accuracy on ImageNet, as torchvision publishes it, against multiplications counted here."""
+"""Draw ``zoo.png``: ImageNet accuracy as published by torchvision, against the number of multiplications."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def main() -> None:
     names = [name for name in purecnn.list_models() if tv.has(purecnn.create(name))]
     families: dict[str, list[tuple[float, float, str]]] = {}
     for name in names:
-        # SWAG's weights saw billions of further pictures; regnet_y_128gf has no others.
+        # Leave out SWAG's weights, which were trained on billions of additional images; regnet_y_128gf has only these.
         weights = [entry for entry in get_model_weights(name) if "SWAG" not in entry.name and tv.accuracies(entry)]
         if not weights:
             continue

@@ -1,4 +1,4 @@
-"""purecnn: the whole evolution of CNN architectures, as pure functions.
+"""The whole evolution of CNN architectures, as pure functions.
 
     import purecnn
     from purecnn import random

@@ -1,9 +1,9 @@
-"""Adversarial images: the smallest changes that do the most harm.
+"""Adversarial images: small changes of images that raise the network's loss most.
 
     attacked = pgd(model, params, state, x, labels, epsilon=0.1, step_size=0.02, steps=10, key=random.key(0))
 
-The network is in evaluation mode. Both functions climb the loss of the true class or, ``targeted``, descend that of
-a class one wishes for. They return images; for adversarial training, call them outside of what is differentiated.
+The network runs in evaluation mode. Both functions ascend the loss of the true class or, if ``targeted``, descend that
+of a chosen class. They return images; for adversarial training, call them outside of the differentiated function.
 """
 
 from typing import Literal, TypeAlias
@@ -21,7 +21,7 @@ from purecnn.tree import Tree
 __all__ = ["Bounds", "fgsm", "pgd"]
 
 Bounds: TypeAlias = tuple[float | Tensor, float | Tensor]
-"""Black and white. Of normalised images they differ by channel: tensors (channels, 1, 1)."""
+"""The pixel values of black and white. For normalised images they differ by channel: tensors (channels, 1, 1)."""
 
 
 def fgsm(
@@ -73,30 +73,31 @@ def pgd(
     key: Tensor | None = None,
     targeted: bool = False,
 ) -> Tensor:
-    """Projected gradient descent: steps up the loss, each brought back to where the change is small enough.
+    """Projected gradient descent: gradient steps that raise the loss, each projected back to the allowed changes.
 
-    Madry et al. 2017, arXiv:1706.06083, section 2.1. The loss is the network's own (`Model.loss`), else cross-entropy.
+    Madry et al. 2017, arXiv:1706.06083, section 2.1. The loss is the network's own (`Model.loss`), or cross-entropy.
 
     Args:
         model, params, state: the network.
         x: images (batch, channels, height, width), within the bounds.
-        labels: the true classes (batch,), int64; with ``targeted`` those to be taken for.
-        epsilon: the largest change, in units of ``x``: of any pixel, or the Euclidean norm of an image's. A tensor that
-            broadcasts to ``x`` sets it by image (batch, 1, 1, 1) or, of pixels, by channel (channels, 1, 1): for images
-            normalised by ``std``, a change of ``e`` of the pixels is ``e / std[:, None, None]``.
-        step_size: likewise, of one step.
+        labels: the true classes (batch,), int64; if ``targeted``, the classes to imitate.
+        epsilon: the largest change, in units of ``x``: of any pixel, or with ``norm="2"`` the Euclidean norm of an
+            image's change. A tensor that broadcasts to ``x`` sets it for each image (batch, 1, 1, 1) or, with
+            ``norm="inf"``, for each channel (channels, 1, 1): for images normalised by ``std``, a change of ``e`` in
+            pixel values is ``e / std[:, None, None]``.
+        step_size: the size of one step, in the same units.
         steps: number of steps.
         norm: ``"inf"``: a step is ``step_size * sign(gradient)``; ``"2"``: ``step_size * gradient / |gradient|``.
-        bounds: what no pixel exceeds; by default there are none.
-        key: of a random start, uniform among all allowed changes; by default the start is ``x``.
-        targeted: descend instead of climb.
+        bounds: smallest and largest pixel value; by default there are none.
+        key: for a random start, uniform among all allowed changes; by default the start is ``x``.
+        targeted: descend the loss instead of ascending it.
 
     Returns:
         Images like ``x``.
 
     Raises:
-        ValueError: if ``norm`` is neither, ``epsilon`` is a negative number, ``steps`` is less than 1, or images exceed
-            the bounds.
+        ValueError: if ``norm`` is neither of these, ``epsilon`` is a negative number or, with ``norm="2"``, differs
+            within an image, ``steps`` is less than 1, or images exceed the bounds.
 
     >>> import purecnn
     >>> model = purecnn.create("lenet5")
@@ -116,15 +117,15 @@ def pgd(
         expected = f"one number, or one for each image, ({len(x)}, 1, 1, 1)"
         raise ValueError(f"with norm='2' epsilon is {expected}, found {tuple(epsilon.shape)}")
     if bounds is not None and not is_transformed(x) and not x.equal(x.clamp(*(_like(bound, x) for bound in bounds))):
-        raise ValueError("some images exceed the bounds, which are in the images' own units, as they are normalised")
+        raise ValueError("some images exceed the bounds, which are in the images' own units: normalise them, too")
     limit, size = _like(epsilon, x), _like(step_size, x) * (-1 if targeted else 1)
     criterion = model.loss or F.cross_entropy
 
     def loss(x: Tensor) -> Tensor:
-        return len(x) * criterion(model.apply(params, state, x)[0], labels)  # the sum: an image's step is its own
+        return len(x) * criterion(model.apply(params, state, x)[0], labels)  # the sum: each image has its own step
 
     def project(change: Tensor) -> Tensor:
-        """The nearest allowed image."""
+        """The image with the nearest allowed change."""
         if norm == "inf":
             change = change.clamp(-limit, limit)
         else:
@@ -145,18 +146,19 @@ def _like(value: float | Tensor, x: Tensor) -> Tensor:
 
 
 def _length(x: Tensor) -> Tensor:
-    """Of each image, the Euclidean norm, never 0: (batch, 1, 1, 1)."""
+    """The Euclidean norm of each image, never 0: (batch, 1, 1, 1)."""
     return torch.linalg.vector_norm(x, dim=(1, 2, 3), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
 
 
 def _unit(x: Tensor) -> Tensor:
-    """Of norm 1, or 0 where it is 0. A confident network's gradients may be so small that their squares vanish."""
+    """Each image scaled to norm 1, or 0 if it is 0. A confident network's gradients may be so small that their squares
+    underflow."""
     x = x / x.abs().amax((1, 2, 3), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
     return x / _length(x)
 
 
 def _start(key: Tensor, x: Tensor, norm: str) -> Tensor:
-    """A change, uniform among those of norm at most 1."""
+    """A random change, uniform among those of norm at most 1."""
     if norm == "inf":
         return random.uniform(key, x.shape, dtype=x.dtype) * 2 - 1
     direction_key, radius_key = random.split(key)

@@ -1,10 +1,10 @@
-"""Augmentation of whole batches as pure functions, for images that are in memory as bytes.
+"""Augmentation of whole batches as pure functions, for images that are kept in memory as bytes.
 
     augment = chain(crop(4), flip, normalize(mean, std))
     step = make_step(model, optimizer, augment=augment)      # part of the step, and compiled with it
 
-`purecnn.data` varies pictures one by one as they are read, which is what photographs need. These run where the images
-are, on a GPU too.
+`purecnn.data` augments pictures one by one as they are read, which photographs need. These functions run on the device
+of the images, including a GPU.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,11 +19,11 @@ from purecnn import random
 __all__ = ["Augment", "chain", "crop", "cutout", "flip", "normalize"]
 
 Augment = Callable[[Tensor, Tensor], Tensor]
-"""``augment(images, key) -> images``: (batch, channels, height, width)."""
+"""``augment(images, key) -> images``, both of shape (batch, channels, height, width)."""
 
 
 def chain(*steps: Augment) -> Augment:
-    """One after the other, each with a key of its own."""
+    """Apply augmentations one after the other, each with its own key."""
 
     def augment(images: Tensor, key: Tensor) -> Tensor:
         for i, step in enumerate(steps):
@@ -34,7 +34,7 @@ def chain(*steps: Augment) -> Augment:
 
 
 def flip(images: Tensor, key: Tensor) -> Tensor:
-    """Half of the images mirrored left to right.
+    """Mirror each image left to right with probability 1/2.
 
     >>> images = torch.arange(4.0).reshape(2, 1, 1, 2)
     >>> flip(images, random.key(1)).flatten(1).tolist()
@@ -45,16 +45,16 @@ def flip(images: Tensor, key: Tensor) -> Tensor:
 
 
 def crop(padding: int, mode: str = "constant") -> Augment:
-    """A window of the image's size at a random place of the padded image (He et al., arXiv:1512.03385, section 4.2).
+    """Pad each image and crop it at a random place to its own size (He et al., arXiv:1512.03385, section 4.2).
 
     Args:
-        padding: pixels on each side.
-        mode: what they are: ``"constant"`` for zeros, ``"reflect"`` for the image mirrored.
+        padding: pixels added on each side.
+        mode: their values: ``"constant"`` for zeros, ``"reflect"`` for the mirrored image.
     """
 
     def augment(images: Tensor, key: Tensor) -> Tensor:
         batch, _, height, width = images.shape
-        # Reflection is not there for whole numbers. These hold them exactly, but for 64 bits beyond 2**53.
+        # torch cannot reflect integers. These types hold them exactly, except 64-bit integers beyond 2**53.
         exact = torch.float32 if images.dtype.itemsize <= 2 or images.dtype == torch.float32 else torch.float64
         wide = F.pad(images.to(exact), (padding,) * 4, mode=mode).to(images.dtype)
         top, left = (_integers(random.fold_in(key, i), batch, 2 * padding + 1) for i in range(2))
@@ -67,7 +67,11 @@ def crop(padding: int, mode: str = "constant") -> Augment:
 
 
 def cutout(size: int) -> Augment:
-    """A square of zeros with its middle anywhere in the image (DeVries and Taylor, arXiv:1708.04552)."""
+    """Set a square with a random centre in each image to zero (DeVries and Taylor, arXiv:1708.04552).
+
+    Args:
+        size: side of the square, pixels; parts of it may lie outside the image.
+    """
 
     def augment(images: Tensor, key: Tensor) -> Tensor:
         batch, _, *sides = images.shape
@@ -87,25 +91,26 @@ def cutout(size: int) -> Augment:
 
 
 def normalize(mean: Sequence[float], std: Sequence[float]) -> Augment:
-    """From bytes to ``(byte / 255 - mean) / std``, float32; it draws nothing.
+    """Convert bytes to ``(byte / 255 - mean) / std``, float32; it draws no random numbers.
 
     Args:
-        mean, std: of each channel, as a data set's or weights' ``preprocessing`` has them.
+        mean, std: of each channel, as in the ``preprocessing`` of a data set or of weights.
 
     Raises:
-        ValueError: if there are not as many deviations as means; when it is called, if the images have other channels.
-        TypeError: when it is called, if the images are no bytes.
+        ValueError: if there are not as many deviations as means; when it is called, if the images have another number
+            of channels.
+        TypeError: when it is called, if the images are not uint8.
     """
     if len(mean) != len(std):
-        raise ValueError(f"there is a deviation for each mean, found {len(mean)} means and {len(std)} deviations")
+        raise ValueError(f"each mean needs one deviation, found {len(mean)} means and {len(std)} deviations")
 
     def augment(images: Tensor, key: Tensor) -> Tensor:
         if images.dtype != torch.uint8:
-            raise TypeError(f"normalize takes bytes, uint8, found {images.dtype}")
+            raise TypeError(f"normalize takes uint8 images, found {images.dtype}")
         if images.shape[1] != len(mean):
             raise ValueError(f"normalize has {len(mean)} means, and the images have {images.shape[1]} channels")
         m, s = (
-            # Made where the images are: a tensor of a list would be brought there from the host at every call.
+            # Created on the images' device: torch.tensor of a list would copy from the host at every call.
             torch.stack([torch.full((1, 1), value, dtype=torch.float32, device=images.device) for value in each])
             for each in (mean, std)
         )
@@ -115,5 +120,5 @@ def normalize(mean: Sequence[float], std: Sequence[float]) -> Augment:
 
 
 def _integers(key: Tensor, count: int, below: int) -> Tensor:
-    """Each from 0 to ``below - 1``, equally likely."""
+    """Integers from 0 to ``below - 1``, all equally likely."""
     return (random.uniform(key, (count,)) * below).to(torch.int64).clamp(max=below - 1)

@@ -1,10 +1,10 @@
-"""A training step as a CUDA graph: its kernels are recorded once, and the host starts them all with one call.
+"""Training steps as CUDA graphs: the kernels are recorded once, and the host then starts all of them with one call.
 
     step = captured(make_step(model, optimizer, donate=True))
     train_state, metrics = step(train_state, batch, key)
 
-A GPU waits for the host where it has little to do for each kernel: small images, small networks, small batches. A step
-can be recorded because it is pure: what it draws is decided by keys and the step's number, which are on the device.
+A GPU waits for the host if each kernel has little to do: with small images, small networks or small batches. A step can
+be recorded because it is pure: its draws depend only on keys and the step's number, which are on the device.
 """
 
 from collections.abc import Callable
@@ -19,16 +19,16 @@ from purecnn.step import Batch, Metrics, Step, TrainState
 __all__ = ["captured"]
 
 _WARM = 3
-"""Runs before the recording, in which libraries choose their kernels and the compiler compiles."""
+"""Runs before the recording, during which libraries choose their kernels and the compiler compiles."""
 
 
 def captured(step: Step) -> Step:
-    """The same step, recorded at its first call and replayed at the later ones.
+    """The same step, recorded as a CUDA graph at its first call and replayed at later calls.
 
-    The train state of the first call is copied. The one that comes out is overwritten by the next call, as with
-    ``make_step(..., donate=True)``, which suits it. Metrics are not. Batches of other shapes than the first one's, such
-    as an epoch's last, are worked on without the recording. Without a GPU nothing is recorded, and under ``vmap`` or
-    ``torch.compile`` the step is the given one.
+    The train state of the first call is copied. The next call overwrites the train state that a call returns, as with
+    ``make_step(..., donate=True)``, which is best used with it; metrics are not overwritten. Batches of other shapes or
+    types than the first one, such as the last of an epoch, run without the recording. Without a GPU nothing is
+    recorded, and under ``vmap`` or ``torch.compile`` the given step runs.
 
     Args:
         step: the step. What it does must not depend on values that the host reads.
@@ -50,13 +50,13 @@ def captured(step: Step) -> Step:
 
 
 class _Recording:
-    """The tensors that the recorded kernels read and write, and the recording."""
+    """The recording, and the tensors that its kernels read and write."""
 
     def __init__(self, step: Step, train_state: TrainState, batch: Batch, key: Tensor | None) -> None:
         self.step = step
         self.train_state = TrainState(**tree.map(torch.clone, train_state._asdict()))
         self.leaves = tree.flatten(self.train_state._asdict())
-        # Where the state is: of a key on the host the recording would keep the numbers.
+        # On the state's device: the recording would keep the values of a key that is on the host.
         device = train_state.step.device
         self.inputs = [each.to(device, copy=True) for each in _inputs(batch, key)]
         self.replay: Callable[[], Metrics] = lambda: self.advance(self.inputs)
@@ -65,7 +65,7 @@ class _Recording:
                 self.replay = _recorded(self.replay)
 
     def __call__(self, train_state: TrainState, batch: Batch, key: Tensor | None) -> tuple[TrainState, Metrics]:
-        if train_state is not self.train_state:  # nor after the recording, since the runs before it were steps, too
+        if train_state is not self.train_state:  # always so at the first call, whose warm-up runs have changed ours
             if different := tree.differences(self.train_state._asdict(), train_state._asdict()):
                 raise ValueError(f"the recorded train state has other tensors: {tree.some(different)}")
             self.fill(train_state)
@@ -79,14 +79,14 @@ class _Recording:
         return self.train_state, Metrics(*map(torch.clone, metrics))
 
     def advance(self, inputs: list[Tensor]) -> Metrics:
-        """One step, from the train state's tensors into themselves."""
+        """Run one step that reads the train state's tensors and overwrites them."""
         images, labels, *key = inputs
         after, metrics = self.step(self.train_state, (images, labels), *key)
         self.fill(after)
         return metrics
 
     def fill(self, train_state: TrainState) -> None:
-        """Overwrite the train state; what a donating step has overwritten itself is there already."""
+        """Overwrite the train state's tensors, except those that a donating step has already overwritten."""
         given = tree.flatten(train_state._asdict())
         pairs = [(mine, given[path]) for path, mine in self.leaves.items() if given[path] is not mine]
         torch._foreach_copy_([mine for mine, _ in pairs], [theirs for _, theirs in pairs])
@@ -97,7 +97,7 @@ def _inputs(batch: Batch, key: Tensor | None) -> list[Tensor]:
 
 
 def _recorded(work: Callable[[], Metrics]) -> Callable[[], Metrics]:
-    """A function that starts again what this one starts, without the host's part of it."""
+    """A function that replays the kernels that ``work`` starts, without running its host code."""
     aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
@@ -105,7 +105,7 @@ def _recorded(work: Callable[[], Metrics]) -> Callable[[], Metrics]:
             work()
     torch.cuda.current_stream().wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
-    # Threads that read pictures may ask for memory meanwhile, which concerns this thread alone if it does so itself.
+    # Other threads, which read pictures, may allocate memory meanwhile; only this thread's calls may fail the capture.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         metrics = work()
 

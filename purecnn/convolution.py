@@ -1,10 +1,10 @@
-"""Convolution, and how it runs where ``vmap`` maps over its weights, or over images whose own gradients are asked for.
+"""Convolution that is fast under ``vmap``, too: over weights, as in ensembles, and for per-sample gradients.
 
-Torch turns the convolutions of an ensemble's members into one convolution with a group for each member, and their
-derivatives likewise; so it does with the weight's gradients of single images. Mostly that is good. There are three
-exceptions. Images of one pixel are a matrix, so theirs is a product of matrices. Where torch has no fast kernel for the
-groups, members are convolved one after the other. And the gradients of large weights by few pixels are a product of
-matrices, too. See ``docs/ensembles.md`` and ``docs/per_sample.md`` for figures.
+Torch turns the convolutions of an ensemble's members into one convolution with a group for each member, and does the
+same with their derivatives and with per-sample gradients of the weight. This is usually fast, with three exceptions.
+Images of one pixel form a matrix, so their convolution is computed as a matrix product. If torch has no fast kernel for
+the groups, members are convolved one after the other. The gradients of large weights from few pixels are computed as a
+matrix product, too. See ``docs/ensembles.md`` and ``docs/per_sample.md`` for figures.
 """
 
 import functools
@@ -24,14 +24,14 @@ from purecnn.eager import derivatives
 __all__ = ["conv2d"]
 
 MANY_PIXELS = 1 << 16
-"""Numbers of one member's images from which on a convolution of its own is worth the call."""
+"""If one member's input or output has at least this many elements, a separate convolution for each member pays off."""
 
 LARGE_WEIGHT = 1 << 16
-"""Numbers of a weight from which on its gradients by few pixels are worth a way of their own."""
+"""If a weight has at least this many elements, a separate method for its gradients from few pixels pays off."""
 
 
 class Geometry(NamedTuple):
-    """What a convolution and its derivatives need to know beside their operands' values."""
+    """What a convolution and its derivatives need to know in addition to their operands."""
 
     stride: int
     padding: tuple[int, int]
@@ -42,7 +42,7 @@ class Geometry(NamedTuple):
     kernel: tuple[int, int]
     """Height and width of the kernel, pixels."""
     channels: int
-    """Of the input."""
+    """Channels of the input."""
 
 
 def conv2d(
@@ -54,14 +54,14 @@ def conv2d(
     groups: int,
     dilation: int = 1,
 ) -> Tensor:
-    """``torch.conv2d``, except under ``vmap``: there a faster of several ways to the same sums.
+    """``torch.conv2d``, but under ``vmap`` the fastest of several methods that compute the same.
 
     Args:
         x: images, ``(b, c, h, w)``.
         weight: ``(features, c / groups, *kernel)``.
         bias: ``(features,)``, or None.
         stride: step of the kernel, pixels.
-        padding: zeros on each side, pixels, of height and width.
+        padding: zeros on each side of the height and of the width, pixels.
         groups: channels are convolved in this many separate groups.
         dilation: step from one of the kernel's weights to the next, pixels.
 
@@ -69,10 +69,10 @@ def conv2d(
     >>> torch.func.vmap(lambda weight: conv2d(x, weight, None, 1, (0, 0), 1))(weights).shape
     torch.Size([5, 1, 2, 2, 2])
     """
-    # The compiler cannot look, and chooses kernels of its own.
+    # Compiled code cannot find out whether vmap is active, and the compiler chooses its own kernels.
     if torch.compiler.is_compiling() or not (_is_mapped(weight) or (weight.requires_grad and _is_mapped(x))):
         return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    if derivatives().forward > 1:  # of a Function's forward derivative torch knows no forward derivative: it gives zero
+    if derivatives().forward > 1:  # torch cannot differentiate a Function's jvp in forward mode: it returns zero
         return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
     height, width, rows, columns = *x.shape[-2:], *weight.shape[-2:]
     geometry = Geometry(stride, padding, dilation, groups, (height, width), (rows, columns), x.shape[1])
@@ -83,7 +83,7 @@ def conv2d(
         return result
     if groups == 1 and geometry.image == geometry.kernel == (1, 1) and padding == (0, 0):
         return F.linear(x[..., 0, 0], weight[..., 0, 0], bias)[..., None, None]
-    # Images that all members share are convolved with one wide kernel already.
+    # For images that all members share, torch already runs one convolution with many output channels.
     if not _is_mapped(x) or not x.is_cpu or not _one_by_one(x.shape, weight.shape, geometry):
         return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
     result = _Product.apply(x, weight, None, bias, geometry)
@@ -91,22 +91,22 @@ def conv2d(
 
 
 def _output(geometry: Geometry) -> int:
-    """Pixels that come out of an image."""
+    """The number of output pixels of one image."""
     sides = zip(geometry.image, geometry.padding, geometry.kernel, strict=True)
     reach = ((n + 2 * pad, geometry.dilation * (k - 1) + 1) for n, pad, k in sides)
     return math.prod((n - k) // geometry.stride + 1 for n, k in reach)
 
 
 def _few_pixels(batch: int, features: int, geometry: Geometry) -> bool:
-    """Whether the weight's gradient is a product of smaller matrices: the patches are no larger than the gradient."""
+    """Whether a matrix product suits the weight's gradient: the matrix of patches is no larger than the gradient."""
     return geometry.groups == 1 and batch * _output(geometry) <= features
 
 
 def _one_by_one(x: torch.Size, weight: torch.Size, geometry: Geometry) -> bool:
-    """Whether one member's convolution should come after the other's; the shapes are those of one member.
+    """Whether to convolve members one after the other; the shapes are those of one member.
 
-    On a CPU torch has no fast kernel for groups of channels that are no multiples of the eight numbers of a register.
-    The way around costs about a millisecond of Python, for the convolution and for each of its derivatives.
+    On a CPU torch has no fast kernel for groups whose channels are not a multiple of eight, the numbers in a register.
+    This method costs about a millisecond of Python, for the convolution and for each of its derivatives.
     """
     batch, features = x[0], weight[0]
     output = batch * features * _output(geometry)
@@ -124,7 +124,7 @@ def _is_mapped(tensor: Tensor) -> bool:
 
 
 def _product(x: Any, weight: Any, signal: Any, bias: Any, geometry: Geometry) -> Tensor:
-    """The one of the three that is None, see `_Product`; a convolution is the case without a signal."""
+    """Compute whichever of the three is None, see `_Product`; without a signal, this is the convolution."""
     stride, padding, dilation, groups, image, kernel, channels = geometry
     if signal is None:
         return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
@@ -136,7 +136,7 @@ def _product(x: Any, weight: Any, signal: Any, bias: Any, geometry: Geometry) ->
 
 
 def _weights(x: Tensor, signal: Tensor, geometry: Geometry) -> Tensor:
-    """The gradients of the members' weights, by products of matrices: (members, features, channels, *kernel)."""
+    """The gradients of the members' weights, by matrix products: (members, features, channels, *kernel)."""
     stride, padding, dilation, *_ = geometry
     patches = F.unfold(x.flatten(0, 1), geometry.kernel, dilation, padding, stride)
     patches = rearrange(patches, "(m b) weight pixels -> m weight (b pixels)", m=len(x))
@@ -146,10 +146,11 @@ def _weights(x: Tensor, signal: Tensor, geometry: Geometry) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """``sum(signal * conv2d(x, weight))`` is linear in each of the three; of one that is None, this is the gradient.
+    """The gradient of ``sum(signal * conv2d(x, weight))`` with respect to the one of the three that is None.
 
-    Without a signal it is the convolution itself, plus a bias if there is one. Since the gradient of each such product
-    with respect to an operand is another one, this one function has derivatives of all orders.
+    The sum is linear in each of the three. Without a signal, the gradient is the convolution itself, plus a bias if
+    there is one. The derivative of each such product with respect to an operand is another such product, so this one
+    function has derivatives of all orders.
     """
 
     @staticmethod
@@ -197,8 +198,8 @@ class _Product(torch.autograd.Function):
             x, signal = x.movedim(dims[0], 0), signal.movedim(dims[2], 0)
             if x.is_cpu and _few_pixels(x.shape[1], signal.shape[2], geometry):
                 return _weights(x, signal, geometry), 0
-        # For one member alone, the gradient of images of few channels is as slow, and threads that sum up the weights'
-        # gradient wait for each other.
+        # For a single member, the gradient of images with few channels is just as slow, and in the weights' gradient
+        # the threads that sum it wait for each other.
         slow_alone = operands[1] is None or (operands[0] is None and geometry.channels < 4)
         if slow_alone or sum(dim is not None for dim in dims[:3]) < 2:
             run = torch.vmap(lambda x, weight, signal, bias: _product(x, weight, signal, bias, geometry), dims)

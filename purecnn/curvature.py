@@ -5,8 +5,8 @@
     product = lambda v: hvp(loss, params, v)              # never the matrix
     lanczos(product, params, key, steps=30).values[-1]    # the largest eigenvalue
 
-Functions of the parameters go in, and trees come out; ``vmap``, ``jvp`` and ``torch.compile`` apply to all. A part of
-the parameters is chosen with `restrict`, before anything is differentiated.
+The functions take functions of the parameters; ``vmap``, ``jvp`` and ``torch.compile`` apply to all of them. To look at
+a part of the parameters, choose it with `restrict` before differentiating.
 """
 
 import math
@@ -46,7 +46,7 @@ Loss: TypeAlias = Callable[[Tree], Tensor]
 Network: TypeAlias = Callable[[Tree, Tensor], Tensor]
 """From parameters and images (batch, channels, height, width) to logits (batch, classes)."""
 Product: TypeAlias = Callable[[Tree], Tree]
-"""A symmetric matrix as what it does to a vector: from a tree to a tree of the same names and shapes."""
+"""A symmetric matrix as its product with a vector: from a tree to a tree of the same names and shapes."""
 
 
 # Functions of parameters ---------------------------------------------------------------------------------------
@@ -57,8 +57,8 @@ def frozen(model: Model, state: Tree, *, train: bool = False, key: Tensor | None
 
     Args:
         model: the network.
-        state: its running statistics, which stay as they are.
-        train: with dropout, drawn from ``key``: the same mask at each call.
+        state: its running statistics, which do not change.
+        train: use dropout, drawn from ``key``: the same mask at each call.
         key: see `Model.apply`.
 
     >>> import purecnn
@@ -78,12 +78,12 @@ def frozen(model: Model, state: Tree, *, train: bool = False, key: Tensor | None
 def restrict(
     function: Callable[..., Any], params: Tree, chosen: Callable[[str], bool]
 ) -> tuple[Tree, Callable[..., Any]]:
-    """Some of the parameters, and the function of them with the others fixed.
+    """Choose some of the parameters, and make ``function`` a function of these, with the others fixed.
 
     Args:
-        function: of parameters and whatever else.
+        function: of parameters and any further arguments.
         params: all parameters.
-        chosen: whether a parameter stays variable, by its path.
+        chosen: whether the parameter at a path stays variable.
 
     Returns:
         The chosen parameters, and ``function`` with a tree of these as its first argument.
@@ -106,7 +106,7 @@ def restrict(
 
 
 def ravel(params: Tree) -> Tensor:
-    """All leaves of a tree in one vector, in the tree's order.
+    """Concatenate all leaves of a tree into one vector, in the tree's order.
 
     >>> ravel({"weight": torch.ones(2, 1), "bias": torch.zeros(())})
     tensor([1., 1., 0.])
@@ -115,7 +115,7 @@ def ravel(params: Tree) -> Tensor:
 
 
 def unravel(vector: Tensor, like: Tree) -> Tree:
-    """The tree with the names and shapes of ``like`` of which `ravel` would make ``vector``."""
+    """The inverse of `ravel`: the tree with the names and shapes of ``like`` and the values of ``vector``."""
     leaves = tree.flatten(like)
     pieces = torch.split(vector, [leaf.numel() for leaf in leaves.values()])
     return tree.unflatten(
@@ -124,13 +124,13 @@ def unravel(vector: Tensor, like: Tree) -> Tree:
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
-    """The inner product of two long vectors. On a CPU, ``a @ b`` and ``norm`` lose digits: of 25 million numbers in
-    single precision, a square was off by 1e-4 and 3e-3 (PyTorch 2.14.1), and this one by 5e-8."""
+    """The inner product of two long vectors. On a CPU, ``a @ b`` and ``norm`` lose digits: with 25 million elements in
+    single precision, a sum of squares was off by 1e-4 and 3e-3 (PyTorch 2.14.1), and this one by 5e-8."""
     return (a * b).sum()
 
 
 def ordered(params: Tree, v: Tree) -> Tree:
-    """A tree in the order of another one, on which ``torch.func`` insists."""
+    """The tree ``v`` in the order of ``params``, which ``torch.func`` requires."""
     return tree.map(lambda _, leaf: leaf, params, v)
 
 
@@ -138,9 +138,9 @@ def ordered(params: Tree, v: Tree) -> Tree:
 
 
 def hvp(loss: Loss, params: Tree, v: Tree) -> Tree:
-    """The loss's Hessian times a vector: the derivative of the gradient along ``v``.
+    """The Hessian-vector product of a loss: the derivative of the gradient along ``v``.
 
-    Forward over reverse (Pearlmutter 1994, Neural Computation 6:147), at the cost of a few gradients.
+    Forward-over-reverse differentiation (Pearlmutter 1994, Neural Computation 6:147), at the cost of a few gradients.
 
     Args:
         loss: from parameters to a scalar.
@@ -157,12 +157,12 @@ def ggn_product(outputs: Callable[[Tree], Tensor], loss: Callable[[Tensor], Tens
     """The generalised Gauss-Newton matrix times a vector: ``J^T H J v``.
 
     ``J`` is the network's Jacobian and ``H`` the Hessian of the loss as a function of its outputs (Schraudolph 2002,
-    Neural Computation 14:1723): the loss's Hessian if the network were linear in its parameters. With cross-entropy it
-    is the Fisher information (Martens 2014, arXiv:1412.1193, section 9.2).
+    Neural Computation 14:1723). It would be the loss's Hessian if the network were linear in its parameters. With
+    cross-entropy it is the Fisher information (Martens 2014, arXiv:1412.1193, section 9.2).
 
     Args:
         outputs: from parameters to the network's outputs.
-        loss: from these to a scalar; where it is convex, the matrix has no negative eigenvalue.
+        loss: from these outputs to a scalar; where it is convex, the matrix has no negative eigenvalue.
         params: where the matrix is taken.
         v: a tree like ``params``.
 
@@ -182,21 +182,22 @@ def ggn_product(outputs: Callable[[Tree], Tensor], loss: Callable[[Tensor], Tens
 def fisher_diagonal(
     network: Network, params: Tree, images: Tensor, labels: Tensor | None = None, *, chunk_size: int | None = None
 ) -> Tree:
-    """The diagonal of the Fisher information of a classifier, the mean over images.
+    """The diagonal of a classifier's Fisher information, averaged over images.
 
-    Without labels it is the Fisher information: ``sum_c p(c|x) (d log p(c|x))^2``, expected over the *model's*
-    distribution of classes, which is the Gauss-Newton matrix of cross-entropy. With labels it is the *empirical* one,
-    ``(d log p(label|x))^2``, which is a different matrix (Kunstner et al. 2019, arXiv:1905.12558).
+    Without labels it is the true Fisher information, ``sum_c p(c|x) (d log p(c|x))^2``: the expectation over the
+    *model's* distribution of classes, which is the Gauss-Newton matrix of cross-entropy. With labels it is the
+    *empirical* one, ``(d log p(label|x))^2``, which is a different matrix (Kunstner et al. 2019, arXiv:1905.12558).
 
     Args:
-        network: from parameters and images to logits; it must treat images one by one, see `frozen`.
+        network: from parameters and images to logits; it must treat each image independently, see `frozen`.
         params: where it is taken.
         images: (batch, channels, height, width).
         labels: (batch,), int64.
-        chunk_size: images at a time. Memory is for so many times the classes (one, with labels) times the parameters.
+        chunk_size: number of images at a time; by default all. Memory grows with ``chunk_size * classes * parameters``
+            (``chunk_size * parameters`` with labels).
 
     Raises:
-        ValueError: if there are not as many labels as images.
+        ValueError: if there are not as many labels as images, or ``chunk_size`` is less than 1.
 
     >>> linear = lambda params, images: images.flatten(1) @ params["weight"].T
     >>> fisher_diagonal(linear, {"weight": torch.zeros(2, 1)}, torch.full((5, 1, 1, 1), 2.0))  # p (1 - p) x^2
@@ -209,9 +210,9 @@ def fisher_diagonal(
 def fisher_blocks(
     network: Network, params: Tree, images: Tensor, labels: Tensor | None = None, *, chunk_size: int | None = None
 ) -> Tree:
-    """The blocks on the Fisher information's diagonal, one for each leaf: (size, size), the leaf flattened.
+    """The diagonal blocks of the Fisher information, (size, size), one for each (flattened) leaf.
 
-    Arguments and errors as of `fisher_diagonal`; leaves are chosen with `restrict`.
+    Arguments and errors are those of `fisher_diagonal`; choose leaves with `restrict`.
 
     >>> linear = lambda params, images: images.flatten(1) @ params["weight"].T
     >>> fisher_blocks(linear, {"weight": torch.zeros(2, 1)}, torch.full((5, 1, 1, 1), 2.0))
@@ -234,10 +235,10 @@ def _fisher(
     labels: Tensor | None,
     chunk_size: int | None,
 ) -> Tree:
-    """The mean of ``contract`` over images: of each leaf's scores (images, classes, *leaf), whose outer products sum to
-    the Fisher information."""
+    """The mean over images of ``contract``, which takes each leaf's scores (images, classes, *leaf). The outer products
+    of the scores sum to the Fisher information."""
     if labels is not None and labels.shape != images.shape[:1]:
-        raise ValueError(f"there is a label for each of {len(images)} images, found {tuple(labels.shape)}")
+        raise ValueError(f"labels must be one for each of {len(images)} images, found {tuple(labels.shape)}")
 
     def expected(image: Tensor) -> Tree:
         def log_probabilities(params: Tree) -> tuple[Tensor, Tensor]:
@@ -271,11 +272,11 @@ class Estimate(NamedTuple):
 
     mean: Tensor
     standard_error: Tensor
-    """Of the mean; not a number for a single draw."""
+    """The standard error of the mean; NaN for a single draw."""
 
 
 def rademacher(key: Tensor, like: Tree) -> Tree:
-    """A tree of the names, shapes and types of ``like`` in which each number is 1 or -1, both equally likely.
+    """A tree with the names, shapes and types of ``like`` whose elements are 1 or -1, both equally likely.
 
     >>> rademacher(random.key(0), {"w": torch.zeros(4)})
     {'w': tensor([-1.,  1.,  1.,  1.])}
@@ -288,19 +289,19 @@ def rademacher(key: Tensor, like: Tree) -> Tree:
 
 
 def hutchinson_trace(product: Product, params: Tree, key: Tensor, samples: int) -> Estimate:
-    """The trace of a matrix from its products with random signs: the mean of ``v . A v`` (Hutchinson 1990).
+    """Estimate the trace of a matrix from products with random signs: the mean of ``v . A v`` (Hutchinson 1990).
 
     Args:
         product: the matrix.
         params: the tree that it acts on, for its shapes.
-        key: of the signs.
-        samples: how many products to take.
+        key: for the signs.
+        samples: number of products.
 
     Returns:
-        The mean, and its standard error: nan of a single product.
+        The mean, and its standard error: NaN for a single product.
 
     Raises:
-        ValueError: if there are fewer than one.
+        ValueError: if ``samples`` is less than 1.
 
     >>> hutchinson_trace(lambda v: {"w": 3 * v["w"]}, {"w": torch.zeros(5)}, random.key(0), 2)
     Estimate(mean=tensor(15.), standard_error=tensor(0.))
@@ -318,28 +319,28 @@ def hutchinson_trace(product: Product, params: Tree, key: Tensor, samples: int) 
 
 
 class Spectrum(NamedTuple):
-    """What Lanczos' method knows of a matrix's eigenvalues."""
+    """Approximate eigenvalues of a matrix, from `lanczos`."""
 
     values: Tensor
-    """Ritz values, ascending, (steps,): approximations from within; the outer ones converge first."""
+    """Ritz values, ascending, (steps,): they lie within the spectrum; the outermost converge first."""
     weights: Tensor
-    """(steps,), at least 0, of sum 1: with the values, the Gauss quadrature of the matrix's spectral density."""
+    """(steps,), at least 0, with sum 1: with the values, the Gauss quadrature of the matrix's spectral density."""
     residuals: Tensor
-    """(steps,): there is an eigenvalue at most this far from each value, rounding errors of the products aside.
-    Infinite for numbers that stand in where there was nothing left to find, see `lanczos`."""
+    """(steps,): each value has an eigenvalue at most this far away, apart from rounding errors of the products.
+    Infinite for placeholders, see `lanczos`."""
 
 
 def lanczos(product: Product, params: Tree, key: Tensor, steps: int) -> Spectrum:
     """Eigenvalues of a symmetric matrix from its products (Lanczos 1950), with full reorthogonalisation.
 
-    A step takes a product and keeps a vector of the size of ``params``. If the vectors span an invariant space before
-    the last step, numbers from within the spectrum stand in for what would follow, without weight.
+    Each step takes one product and keeps one vector of the size of ``params``. If the vectors span an invariant
+    subspace before the last step, placeholders from within the spectrum, with weight 0, fill the remaining steps.
 
     Args:
         product: the matrix.
         params: the tree that it acts on, for its shapes.
-        key: of the first vector, which is normal.
-        steps: how many; no more than the matrix has rows are made.
+        key: for the first vector, which is normally distributed.
+        steps: number of steps; at most the number of the matrix's rows.
 
     Raises:
         ValueError: if ``steps`` is less than 1.
@@ -362,8 +363,8 @@ def lanczos(product: Product, params: Tree, key: Tensor, steps: int) -> Spectrum
     for _ in range(min(steps, len(like))):
         made.append(alive)
         w = ravel(product(unravel(v, params)))
-        # Where all directions are used up there is no vector left. A number from within the spectrum, without weight,
-        # stands for the missing ones, because a loop under vmap cannot end early.
+        # When all directions are used up, no vector is left. A value from within the spectrum, with weight 0, is a
+        # placeholder for each missing one, because a loop under vmap cannot end early.
         alphas.append(torch.where(alive, dot(v, w), alphas[0] if alphas else 0))
         for _ in range(2):  # one pass leaves rounding errors that grow
             for q in basis:
@@ -387,12 +388,12 @@ def spectral_density(spectrum: Spectrum, points: int = 512, width: float = 0.01)
     Ghorbani et al. 2019, arXiv:1901.10159, section 3.
 
     Args:
-        spectrum: of one run of `lanczos`, or of several, stacked: ``vmap`` over keys averages over first vectors.
-        points: how many; fewer than ``3 / width`` may miss narrow bells.
-        width: standard deviation of the smoothing, as a share of the spectrum's extent.
+        spectrum: from one run of `lanczos`, or from several, stacked: ``vmap`` over keys averages over first vectors.
+        points: number of points; fewer than ``3 / width`` may miss narrow peaks.
+        width: standard deviation of the smoothing, as a share of the spectrum's range.
 
     Returns:
-        ``points`` places and the density there, of integral 1.
+        ``points`` places and the density at each, with integral 1.
 
     >>> spectrum = Spectrum(torch.tensor([0.0, 1.0]), torch.tensor([0.75, 0.25]), torch.zeros(2))
     >>> places, density = spectral_density(spectrum)
@@ -402,7 +403,7 @@ def spectral_density(spectrum: Spectrum, points: int = 512, width: float = 0.01)
     values, weights = spectrum.values.flatten(), spectrum.weights.flatten()
     info = torch.finfo(values.dtype)
     low, high = values.min(), values.max()
-    # Equal eigenvalues have no extent; their size, or any number, stands for it.
+    # The extent of equal eigenvalues is 0; a value from their size, or a tiny number, takes its place.
     extent = (high - low).clamp(min=info.eps * max(1.0, 1 / width) * values.abs().max() + info.tiny * 1e6)
     sigma = width * extent
     places = (

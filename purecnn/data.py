@@ -1,16 +1,16 @@
-"""Data sets of real pictures, and how a picture becomes what a network reads.
+"""Data sets of pictures, their preprocessing and augmentation, and batches of them.
 
-Reading and augmenting are torchvision's work (``torchvision.datasets``, ``torchvision.transforms.v2``) and
-scikit-learn's (the handwritten digits that it carries). Here is what they leave open: one table of settings for each
-data set, pictures prepared as weights want them (``preprocessing.py``), randomness that comes from a key alone
-(``loader.py``), and errors that name the file.
+torchvision (``torchvision.datasets``, ``torchvision.transforms.v2``) reads and augments pictures, and scikit-learn
+contains the handwritten digits. This module adds a table with the settings of each data set, preprocessing that fits a
+network's weights (``preprocessing.py``), randomness that depends only on a key (``loader.py``), and errors that name
+the file.
 
 Example::
 
     from purecnn import data, random
 
     digits = data.load("digits")
-    prepare = digits.preprocessing.adapt(size=32)                    # what the network wants to see
+    prepare = digits.preprocessing.adapt(size=32)                    # the size that the network reads
     order_key, init_key = random.split(random.key(0))                # one key for each purpose
     for epoch in range(2):
         key = random.fold_in(order_key, epoch)
@@ -65,17 +65,18 @@ __all__ = [
 
 @dataclass(frozen=True)
 class DataSet:
-    """Real pictures in classes, with settings that suit them.
+    """A data set of pictures in classes, with settings that suit it.
 
     Attributes:
-        name: a name of :func:`names`, or the folder.
+        name: a name of :func:`names`, the folder, or ``hf:NAME``.
         classes: class names; an example's label is an index into them.
         train, test: the two splits, each with ``len(split)`` and ``split[i] -> (PIL image, label)``.
         preprocessing: for the pictures' own size and channels; ``preprocessing.adapt(...)`` for others.
         augmentation: for training.
-        skipped: the files that were left out because they are no pictures.
-        digest: of what may change under one name. Of pictures in memory they and their classes, in order; of files
-            their names, order and classes. Empty if nobody knows.
+        skipped: the files that were left out because they are not pictures.
+        digest: a hash that shows whether data of the same name have changed. Of data in memory it covers pictures and
+            labels, in order; of a folder the files' names, order and classes; of the Hub the labels, in order. Empty if
+            unknown.
     """
 
     name: str
@@ -89,7 +90,7 @@ class DataSet:
 
 
 def digest(marks: Iterable[str]) -> str:
-    """A short word for a list of words."""
+    """A short hash of a list of strings."""
     return hashlib.sha256("\0".join(marks).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
@@ -104,7 +105,7 @@ class _InMemory:
         return Image.fromarray(self.images[index]), self.labels[index]
 
     def mark(self) -> str:
-        """A word for all of it; CIFAR, 184 MB, takes a quarter of a second."""
+        """A hash of all pictures and labels; it takes a quarter of a second for CIFAR, 184 MB."""
         found = hashlib.sha256(str(self.labels).encode())
         for image in self.images:
             found.update(np.ascontiguousarray(image).data)
@@ -130,9 +131,9 @@ def _square(size: int, mean: Sequence[float], std: Sequence[float]) -> Preproces
 _HANDWRITING = Augmentation(rotate=10, shift=0.1, zoom=0.1)
 _OBJECTS = Augmentation(padding=1 / 8, flip=True)
 PHOTOGRAPHS = Augmentation(area=(0.08, 1.0), flip=True)
-"""How pictures vary of which nothing is known."""
+"""The augmentation for pictures of unknown kind."""
 
-# Means and deviations are those of the training split.
+# Means and deviations are computed from the training split.
 _SETTINGS = {
     "digits": (_square(8, [0.3053], [0.3760]), _HANDWRITING),
     "mnist": (_square(28, [0.1307], [0.3081]), _HANDWRITING),
@@ -152,7 +153,7 @@ _TEN_DIGITS = tuple("0123456789")
 
 
 def names() -> tuple[str, ...]:
-    """The names that :func:`load` knows, beside folders."""
+    """The names of the data sets that :func:`load` knows; it also takes folders and ``hf:NAME``."""
     return tuple(_SETTINGS)
 
 
@@ -165,26 +166,27 @@ def load(
 ) -> DataSet:
     """Loads a data set by its name, or from a folder of pictures.
 
-    * ``digits``: 1,797 handwritten digits, 8 x 8, that come with scikit-learn (no network needed); split once
-      and for all into 1,437 and 360, each class in proportion (``train_test_split`` with ``random_state=0``).
+    * ``digits``: 1,797 handwritten digits of 8 x 8 pixels, which come with scikit-learn (no network needed). The
+      split is fixed: 1,437 for training and 360 for testing, stratified (``train_test_split`` with
+      ``random_state=0``).
     * ``mnist``, ``fashionmnist``, ``cifar10``, ``cifar100``: torchvision downloads them into ``root``.
-    * a folder with ``train/`` and one of ``val/``, ``valid/``, ``validation/``, ``test/`` (the first of them
-      that there is), in both one folder for each class, with pictures at any depth. Hidden files and folders,
-      and files beside the class folders, are passed over. Every other file must be one that Pillow recognises
-      by its first bytes; its extension does not count.
-    * ``hf:NAME``: one of the Hugging Face Hub, or a folder of Parquet files, by :mod:`purecnn.hub`.
+    * a folder with ``train/`` and one of ``val/``, ``valid/``, ``validation/``, ``test/`` (the first that exists).
+      Both contain one folder for each class, with pictures at any depth. Hidden files and folders, and files beside
+      the class folders, are ignored. Pillow must recognise every other file by its first bytes; extensions do not
+      matter.
+    * ``hf:NAME``: a data set of the Hugging Face Hub, or a folder of Parquet files, loaded by :mod:`purecnn.hub`.
 
     Args:
-        name: a name of :func:`names`, a folder (one that is called like a data set: ``./digits``), or ``hf:NAME``.
-        root: where downloads are kept; default ``purecnn`` in the user's cache folder.
-        skip_bad: leave out files of a folder that are no pictures, instead of refusing the folder. Every file
-            is then decoded once, so one that is cut short is found now and not in the middle of training.
-        like: the name of a data set whose preprocessing and augmentation suit the pictures of a folder; by default
-            they count as photographs.
+        name: a name of :func:`names`, a folder (write ``./digits`` if it has the name of a data set), or ``hf:NAME``.
+        root: where downloads are kept; by default ``purecnn`` in the user's cache folder.
+        skip_bad: leave out files that are not pictures, instead of refusing the folder. Every file is then decoded
+            once, so a truncated file is found now and not during training.
+        like: the name of a data set whose preprocessing and augmentation to use; by default, pictures of a folder are
+            treated as photographs.
 
     Raises:
-        DataError: for an unknown name, a failed download, a folder with another layout, or bad files (all are
-            counted, the first ten named).
+        DataError: for an unknown name, a failed download, a folder with another layout, or bad files (all of them are
+            counted, and the first ten are named).
 
     Example::
 
@@ -193,7 +195,7 @@ def load(
     """
     if like is not None:
         if like not in _SETTINGS:
-            raise DataError(f"pictures can be like those of {', '.join(names())}, not {like!r}")
+            raise DataError(f"like must be one of {', '.join(names())}, not {like!r}")
         preprocessing, augmentation = _SETTINGS[like]
         found = load(name, root=root, skip_bad=skip_bad)
         return replace(found, preprocessing=preprocessing, augmentation=augmentation)
@@ -202,7 +204,7 @@ def load(
     if isinstance(name, str) and name in _DOWNLOADS:
         return _download(name, _cache() if root is None else Path(root).expanduser())
     if isinstance(name, str) and name.startswith("hf:"):
-        from purecnn import hub  # which is built on this file
+        from purecnn import hub  # imported here, because it imports this module
 
         return hub.load(name.removeprefix("hf:"), root=root, skip_bad=skip_bad)
     folder = Path(name).expanduser()
@@ -218,7 +220,7 @@ def _cache() -> Path:
 
 
 def _digits() -> DataSet:
-    from sklearn.datasets import load_digits  # takes a second to import, and only this function needs it
+    from sklearn.datasets import load_digits  # the import takes a second, and only this function needs it
     from sklearn.model_selection import train_test_split
 
     bundle = load_digits()
@@ -237,7 +239,7 @@ def _download(name: str, root: Path) -> DataSet:
     source = _DOWNLOADS[name]
     try:
         train, test = (source(str(root), train=train, download=True) for train in (True, False))
-    except Exception as error:  # no network, a proxy's error page, no right to write, a damaged file
+    except Exception as error:  # no network, a proxy's error page, no permission to write, a damaged file
         if issubclass(source, datasets.MNIST):
             files, folder = [file for file, _ in source.resources], root / source.__name__ / "raw"
             addresses = source.mirrors
@@ -246,14 +248,14 @@ def _download(name: str, root: Path) -> DataSet:
         reason = " ".join(str(error).split())
         raise DataError(
             f"{name} is not in {root} and could not be downloaded from {' or '.join(addresses)} ({reason}). "
-            f"With the files at hand, put {', '.join(files)} into {folder}"
+            f"If you have the files, put {', '.join(files)} into {folder}"
         ) from error
     classes = _TEN_DIGITS if name == "mnist" else tuple(train.classes)  # torchvision's are "0 - zero" and so on
     return _in_memory(name, classes, *(_InMemory(split.data, split.targets) for split in (train, test)))
 
 
 HELD_OUT = ("val", "valid", "validation", "test")
-"""What the split that is not trained on may be called; the first of them that there is."""
+"""The names that the held-out split may have; the first one that exists is used."""
 
 
 def _folder(folder: Path, skip_bad: bool) -> DataSet:
@@ -306,23 +308,23 @@ def _class_folders(split: Path) -> tuple[str, ...]:
     if not classes:
         raise DataError(f"{split} holds no folders: it needs one for each class, with the pictures of that class")
     if len(classes) == 1:
-        raise DataError(f"{split} holds one class, {classes[0]}, and there is nothing to tell it from")
+        raise DataError(f"{split} holds one class, {classes[0]}, but at least two are needed")
     for name in classes:
-        if any("\ud800" <= letter <= "\udfff" for letter in name):  # how Python holds bytes that are no text
+        if any("\ud800" <= letter <= "\udfff" for letter in name):  # Python's surrogates for bytes that are not UTF-8
             raise DataError(f"the name of the folder {name!r} in {split} is not UTF-8: rename it")
     return tuple(classes)
 
 
 def _visible_files(folder: Path) -> list[Path]:
-    """Those in it at any depth. Links are followed, but not into a folder that they lie in, which has no end."""
+    """The files in a folder, at any depth. Links are followed, except to a folder that contains them (endless)."""
     files: list[Path] = []
     parent = folder.parent.resolve()
-    around = {folder: {parent, *parent.parents}}  # of each folder, all that it was reached through
+    around = {folder: {parent, *parent.parents}}  # for each folder, all folders that it was reached through
     for name, folders, inside in os.walk(folder, followlinks=True):
         here = Path(name)
         reached, real = around.pop(here), here.resolve()
         if real in reached or here.name.startswith("."):
-            folders.clear()  # os.walk then stays out of them
+            folders.clear()  # so that os.walk does not enter them
             continue
         around |= {here / name: {*reached, real} for name in folders}
         files += [here / name for name in inside if not name.startswith(".")]
@@ -336,9 +338,9 @@ def _bad_files(files: Sequence[Path], check: Callable[[Path], object]) -> list[P
         except DataError as error:
             broken_link = (None, errno.ENOENT, errno.ELOOP)
             if isinstance(error.__cause__, OSError) and error.__cause__.errno not in broken_link:
-                raise  # the system failed (no permission, a lost disk): that says nothing about the file
+                raise  # the system failed (no permission, a lost disk), so the file is not to blame
             return True
         return False
 
-    with ThreadPoolExecutor() as pool:  # Pillow lets go of the interpreter lock while it reads and decodes
+    with ThreadPoolExecutor() as pool:  # Pillow releases the GIL while it reads and decodes
         return [file for file, bad in zip(files, pool.map(is_bad, files), strict=True) if bad]

@@ -1,8 +1,8 @@
-"""Many processes that train one network: sums over processes, as functions.
+"""Data-parallel training of one network in many processes: sums over processes, as functions.
 
-Every process holds the whole network and works on its part of each batch. What is summed are gradients, the numbers of
-`purecnn.training.Metrics`, and with ``statistics="global"`` the statistics of batch normalisation. The processes are
-torch's own, started by ``torchrun`` and joined by ``torch.distributed.init_process_group``.
+Every process holds the whole network and works on its part of each batch. Gradients, the numbers of
+`purecnn.training.Metrics`, and with ``statistics="global"`` the statistics of batch normalisation are summed over the
+processes. ``torchrun`` starts the processes, and ``torch.distributed.init_process_group`` joins them.
 """
 
 from typing import Any, TypeVar
@@ -17,21 +17,21 @@ _T = TypeVar("_T")
 
 
 def rank() -> int:
-    """Which process this is, from 0."""
+    """The index of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many processes there are."""
+    """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def total(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The sum over all processes of each tensor, in one message for each type of numbers."""
+    """Sum each tensor over all processes, in one message for each dtype."""
     if world_size() == 1:
         return leaves
     result: dict[str, Tensor] = dict(leaves)
-    for dtype in sorted({leaf.dtype for leaf in leaves.values()}, key=str):  # in one order in all processes
+    for dtype in sorted({leaf.dtype for leaf in leaves.values()}, key=str):  # in the same order in all processes
         group = {path: leaf for path, leaf in leaves.items() if leaf.dtype == dtype}
         message = torch.cat([leaf.detach().flatten() for leaf in group.values()])
         dist.all_reduce(message)
@@ -55,23 +55,28 @@ class _Sum(torch.autograd.Function):
 
 
 def total_flowing(x: Tensor) -> Tensor:
-    """The sum over all processes, through which gradients flow back to all of them."""
+    """Sum a tensor over all processes, differentiably: gradients flow back to all of them."""
     return x if world_size() == 1 else _Sum.apply(x)
 
 
 def share(images: int, device: torch.device) -> Tensor:
-    """This process's part of all the images that are worked on: a scalar, float64."""
+    """This process's share of the images of all processes: a float64 scalar.
+
+    Args:
+        images: how many images this process has.
+        device: the device of the result.
+    """
     count = torch.full((), float(images), dtype=torch.float64, device=device)
     return count / total({"": count})[""]
 
 
 def agreed(wish: bool) -> bool:
-    """Whether any process wishes it."""
+    """Whether ``wish`` is true in any process."""
     return bool(total({"": torch.tensor(int(wish), device=_device())})[""]) if world_size() > 1 else wish
 
 
 def least(number: int) -> int:
-    """The smallest of all processes' numbers."""
+    """The smallest of the processes' numbers."""
     if world_size() == 1:
         return number
     message = torch.tensor(number, device=_device())
@@ -80,7 +85,7 @@ def least(number: int) -> int:
 
 
 def from_first(value: _T) -> _T:
-    """The first process's value, in all processes."""
+    """The value of the first process, in all processes."""
     if world_size() == 1:
         return value
     values = [value]

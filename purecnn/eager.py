@@ -1,4 +1,4 @@
-"""Which transformations are active: for the few places where torch has a faster or an exacter way outside of them."""
+"""Which transforms are active: for the few places where torch has a faster or more exact method outside of them."""
 
 import operator
 from typing import NamedTuple
@@ -13,7 +13,7 @@ _TRACER = torch._C._TorchDispatchModeKey.PROXY
 
 
 def is_transformed(*tensors: Tensor) -> bool:
-    """Whether a compiler, a tracer, ``torch.func`` or autograd watches what is done to the tensors."""
+    """Whether a compiler, a tracer, ``torch.func`` or autograd records operations on the tensors."""
     return (
         torch.compiler.is_compiling()
         or torch._C._get_dispatch_mode(_TRACER) is not None
@@ -24,7 +24,7 @@ def is_transformed(*tensors: Tensor) -> bool:
 
 
 def is_mapped() -> bool:
-    """Whether a ``vmap`` is active. The compiler cannot look; it may be, so it counts as active."""
+    """Whether a ``vmap`` is active. Compiled code cannot find out, so there it counts as active."""
     if torch.compiler.is_compiling():
         return True
     stack = torch._C._functorch.get_interpreter_stack()
@@ -32,39 +32,39 @@ def is_mapped() -> bool:
 
 
 class Derivatives(NamedTuple):
-    """Differentiations by ``torch.func`` and ``forward_ad``, one within the other."""
+    """How many differentiations by ``torch.func`` and ``forward_ad`` are active, nested in each other."""
 
     reverse: int
     forward: int
 
     @property
     def nested(self) -> bool:
-        """Whether there are several, for which some of torch's operators have wrong formulas.
+        """Whether several are nested, for which some of torch's operators have wrong formulas.
 
-        A forward derivative may be differentiated by ``torch.autograd`` later, unless that is off.
+        A single forward derivative counts, too, while gradients are enabled: ``torch.autograd`` may differentiate it.
         """
         return self.reverse + self.forward > 1 or (self.forward > 0 and torch.is_grad_enabled())
 
 
 def derivatives() -> Derivatives:
-    """Which differentiations are active; none where the compiler cannot look."""
+    """Which differentiations are active; in compiled code none, since it cannot find out."""
     if torch.compiler.is_compiling():
         return Derivatives(0, 0)
     return _derivatives([level.key() for level in torch._C._functorch.get_interpreter_stack() or ()])
 
 
 def _derivatives(kinds: list[TransformType]) -> Derivatives:
-    # Within torch.func.jvp there is a dual level, too.
+    # torch.func.jvp opens a dual level, too, so the two are not added.
     dual = int(forward_ad._current_level >= 0)
     return Derivatives(kinds.count(TransformType.Grad), max(kinds.count(TransformType.Jvp), dual))
 
 
 def is_mapped_or_nested() -> bool:
-    """Whether a ``vmap`` is active, or one differentiation within another; asked once, which costs half."""
+    """Whether a ``vmap`` or nested differentiations are active; one check, in half the time of two."""
     if torch.compiler.is_compiling():
         return True
     stack = torch._C._functorch.get_interpreter_stack()
-    if not stack and forward_ad._current_level < 0:  # as most often
+    if not stack and forward_ad._current_level < 0:  # the usual case
         return False
     kinds = [level.key() for level in stack or ()]
     return TransformType.Vmap in kinds or _derivatives(kinds).nested

@@ -1,4 +1,4 @@
-"""Update rules that treat each number by itself; see `purecnn.optimizers`."""
+"""Update rules that treat each element of a parameter by itself; see `purecnn.optimizers`."""
 
 from collections.abc import Callable
 
@@ -28,15 +28,15 @@ def sgd(
 
     Args:
         learning_rate: step size.
-        momentum: share of the former direction that is kept, at least 0 and below 1.
+        momentum: share of the previous direction that is kept, at least 0 and below 1.
         nesterov: look ahead (Sutskever et al., On the importance of initialization and momentum in deep learning,
             ICML 2013).
-        weight_decay: strength of the pull to zero.
-        decay: whether a parameter is pulled, by its path; by default all are.
-        scale: factor of a parameter's learning rate, by its path, such as for stages of a fine-tune; by default 1.
+        weight_decay: strength of the pull towards zero.
+        decay: from a parameter's path to whether weight decay applies to it; by default it applies to all.
+        scale: from a parameter's path to a factor of its learning rate, as for fine-tuning in stages; by default 1.
 
     Raises:
-        ValueError: if a number is out of range, or Nesterov's momentum has none to look ahead with.
+        ValueError: if a number is out of range, or ``nesterov`` is set without a momentum.
 
     >>> optimizer = sgd(0.5, scale=lambda path: 1.0 if path.startswith("head.") else 0.1)
     >>> params = {"stem": {"weight": torch.ones(2)}, "head": {"weight": torch.ones(2)}}
@@ -45,7 +45,7 @@ def sgd(
     """
     check_share(momentum=momentum)
     if nesterov and not momentum:
-        raise ValueError("Nesterov's momentum needs a momentum")
+        raise ValueError("nesterov=True needs a momentum above 0")
 
     def formula(param: Tensor, grad: Tensor, moments: list[Tensor], step: Step) -> tuple[Tensor, ...]:
         if step.decay:
@@ -66,7 +66,7 @@ def sgd(
             dampening=0.0,
             nesterov=nesterov,
             maximize=False,
-            is_first_step=False,  # the moment starts at zero, which comes to the same
+            is_first_step=False,  # the moment starts at zero, so the result is the same
         )
 
     moments = {"momentum": 0.0} if momentum else {}
@@ -89,17 +89,17 @@ def rmsprop(
     ``g = grad + weight_decay * param``; ``square = alpha * square + (1 - alpha) * g**2``;
     ``m = momentum * m + g / (sqrt(square) + eps)``; ``param -= learning_rate * m``.
 
-    MnasNet (arXiv:1807.11626) and EfficientNet (arXiv:1905.11946) were trained with TensorFlow's variant, where
-    ``square`` begins at 1, ``eps`` is inside of the root, and the learning rate in the momentum:
+    MnasNet (arXiv:1807.11626) and EfficientNet (arXiv:1905.11946) were trained with TensorFlow's variant, in which
+    ``square`` starts at 1, ``eps`` is inside the root, and the learning rate inside the momentum:
     ``m = momentum * m + learning_rate * g / sqrt(square + eps)``; ``param -= m``. EfficientNet's settings are
     ``rmsprop(rate, alpha=0.9, eps=1e-3, momentum=0.9, tensorflow=True, weight_decay=1e-5)``.
 
     Args:
         learning_rate: step size.
-        alpha: memory of the gradient's square.
+        alpha: decay rate of the average of squared gradients.
         eps: keeps the division finite.
-        momentum: share of the former direction that is kept.
-        tensorflow: TensorFlow's variant.
+        momentum: share of the previous direction that is kept.
+        tensorflow: use TensorFlow's variant.
         weight_decay, decay, scale: as in `sgd`.
 
     Raises:
@@ -161,13 +161,14 @@ def adamw(
 ) -> Optimizer:
     """Adam with decoupled weight decay (Loshchilov and Hutter, arXiv:1711.05101), ``torch.optim.AdamW``.
 
-    ``mean = beta1 * mean + (1 - beta1) * grad`` and ``square = beta2 * square + (1 - beta2) * grad**2``; with both
-    divided by ``1 - beta**count``, ``param -= learning_rate * (mean / (sqrt(square) + eps) + weight_decay * param)``.
+    ``mean = beta1 * mean + (1 - beta1) * grad`` and ``square = beta2 * square + (1 - beta2) * grad**2``. Both are
+    divided by ``1 - beta**count``; then
+    ``param -= learning_rate * (mean / (sqrt(square) + eps) + weight_decay * param)``.
 
     Args:
         learning_rate: step size.
-        beta1: memory of the gradient's mean.
-        beta2: memory of its square.
+        beta1: decay rate of the average of gradients.
+        beta2: decay rate of the average of squared gradients.
         eps: keeps the division finite.
         weight_decay, decay, scale: as in `sgd`.
 
@@ -181,7 +182,7 @@ def adamw(
         mean, square = moments
         mean = mean.lerp(grad, 1 - beta1)
         square = square.mul(beta2).addcmul(grad, grad, value=1 - beta2)
-        # The corrections are scalars, in double precision as in torch: 1 - beta2**1 leaves few digits of a float.
+        # The corrections are scalars in float64, as in torch: in float32, 1 - beta2**1 would keep few digits.
         size = step.rate / (1 - beta1 ** step.time.double())
         root = torch.sqrt(1 - beta2 ** step.time.double())
         if step.decay:

@@ -1,4 +1,4 @@
-"""Ensembles: members as one tree whose leaves have a first axis, trained in one step, and what they say together.
+"""Ensembles: all members in one tree with a first axis of members, trained in one step, and their joint predictions.
 
     params, state = vmap(model.init)(random.split(key, 16))
     train_state = start(params, state, optimizer)
@@ -6,8 +6,8 @@
     train_state, metrics = step(train_state, (images, labels), random.split(key, 16))
     probabilities = mean_probability(logits(model, train_state.params, train_state.state, images))
 
-Logits of an ensemble are ``(members, batch, classes)``. The same functions serve what else gives several answers for an
-image: snapshots of one training, and masks of dropout.
+Logits of an ensemble are ``(members, batch, classes)``. The same functions work for other sources of several
+predictions for an image: snapshots of one training, and dropout masks.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -55,7 +55,7 @@ Members = TypeVar("Members")
 
 
 def stack(members: Sequence[Members]) -> Members:
-    """One tree from those of the members: each leaf gets a first axis.
+    """Stack the members' trees into one: each leaf gets a first axis of members.
 
     >>> stack([{"weight": torch.zeros(3)}, {"weight": torch.ones(3)}])["weight"].shape
     torch.Size([2, 3])
@@ -80,11 +80,12 @@ def stack(members: Sequence[Members]) -> Members:
 
 
 def unstack(members: Members, *, mapped: Trainable | None = None) -> list[Members]:
-    """The members' trees, as views of the stacked one: no number is copied.
+    """The members' trees, as views of the stacked one, without a copy.
 
     Args:
         members: a tensor, or a tree or (named) tuple of them.
-        mapped: of a tree of parameters, which have an axis of members, by path; the others are shared. By default all.
+        mapped: for a tree of parameters, which of them, by path, have an axis of members; the others are shared. By
+            default all.
 
     Raises:
         ValueError: if leaves have different numbers of members.
@@ -99,7 +100,7 @@ def unstack(members: Members, *, mapped: Trainable | None = None) -> list[Member
 
 
 def _member(stacked: Any, i: int | slice) -> Any:
-    """One member, or some."""
+    """One member, or several."""
     if isinstance(stacked, Tensor):
         return stacked[i]
     if isinstance(stacked, Mapping):
@@ -108,15 +109,15 @@ def _member(stacked: Any, i: int | slice) -> Any:
 
 
 def _alike(pattern: Any, children: Iterable[Any]) -> Any:
-    """A tuple of the same type."""
+    """A tuple of the same type as the pattern."""
     return type(pattern)(*children) if hasattr(pattern, "_fields") else tuple(children)
 
 
 def _count(stacked: Any) -> int:
-    """How many members there are.
+    """The number of members.
 
     Raises:
-        ValueError: if leaves differ in that.
+        ValueError: if leaves have different numbers.
     """
     counts: dict[int, str] = {}
     for path, leaf in pytree.tree_flatten_with_path(stacked)[0]:
@@ -128,9 +129,10 @@ def _count(stacked: Any) -> int:
 
 
 def member_dims(params: Tree, mapped: Trainable | None = None) -> Tree:
-    """What is ``in_dims`` of ``vmap`` for parameters of which members have some of their own and share the others.
+    """The ``in_dims`` of ``vmap`` for parameters of which each member has some of its own and shares the others.
 
-    A layer whose parameters and input are shared runs once for all. So heads on one trunk cost one trunk::
+    A layer whose parameters and input are shared runs once for all members. So several heads on one trunk cost one
+    trunk::
 
         dims = member_dims(params, lambda path: path.startswith("head."))
         logits, _ = vmap(model.apply, in_dims=(dims, None, None))(params, state, images)
@@ -152,16 +154,16 @@ class EnsembleStep(Protocol):
     ) -> tuple[TrainState, Metrics]: ...
 
 
-# In an optimizer's place: hands the gradients out as if they were new parameters.
+# Takes an optimizer's place: returns the gradients as if they were the new parameters.
 _GRADIENTS = Optimizer(lambda params: {}, lambda grads, opt_state, *_, **__: (grads, opt_state), 0.0)
 
 
 def start(params: Tree, state: Tree, optimizer: Optimizer, *, trainable: Trainable | None = None) -> TrainState:
-    """Before the first step of `make_ensemble_step`.
+    """The train state before the first step of `make_ensemble_step`.
 
     Args:
-        params: with a first axis of members on each leaf that is trained, such as ``vmap(model.init)``'s.
-        state: running statistics, with a first axis of members; without, for a step with ``statistics="running"``.
+        params: with a first axis of members on each trained leaf, such as the result of ``vmap(model.init)``.
+        state: running statistics, with a first axis of members, or without it for a step with ``statistics="running"``.
         optimizer: the update rule.
         trainable: as in `make_ensemble_step`.
     """
@@ -172,7 +174,7 @@ def start(params: Tree, state: Tree, optimizer: Optimizer, *, trainable: Trainab
 
 
 def _separate(leaf: Tensor) -> Tensor:
-    """With memory for each member: what is the same for all comes out of ``vmap`` with one piece for all of them."""
+    """A leaf with memory for each member: values that do not differ between members leave ``vmap`` sharing one copy."""
     return leaf.clone(memory_format=torch.contiguous_format) if leaf.stride(0) == 0 else leaf
 
 
@@ -190,7 +192,7 @@ def make_ensemble_step(
     chunk_size: int | None = None,
     donate: bool = False,
 ) -> EnsembleStep:
-    """The training step of all members, ``(train_state, batch, keys) -> (train_state, metrics)``, a pure function.
+    """Make the training step of all members, ``(train_state, batch, keys) -> (train_state, metrics)``, a pure function.
 
     Gradients come from ``vmap`` over the members. Each member is then updated through views of the stacked tree,
     which is faster than an update under ``vmap`` and, with ``donate``, needs no memory beyond that tree and the
@@ -198,14 +200,15 @@ def make_ensemble_step(
 
     Args:
         model: the network.
-        optimizer: the update rule, any.
-        own_batch: images and labels have a first axis of members; else all members see the same batch.
+        optimizer: any update rule.
+        own_batch: whether images and labels have a first axis of members; else all members see the same batch.
         loss, label_smoothing, aux_weight, augment: as in `make_step`.
-        trainable: which parameters to train, by path; the others have no axis of members, and are shared. With the head
-            alone, a shared batch and frozen statistics, the trunk runs once for all members, unless it draws.
-        statistics: what batch normalisation uses. With ``"running"`` these are shared and stay as they are.
-        chunk_size: how many members are worked on at a time, as in ``torch.vmap``; by default all. Fewer take less
-            memory. With 1 they come one after the other, without ``vmap``: the fastest on one thread of a CPU.
+        trainable: which parameters to train, by path; the others are shared and have no axis of members. If only the
+            head is trained, on a shared batch with frozen statistics, the trunk runs once for all members, unless it
+            draws random numbers.
+        statistics: what batch normalisation uses. ``"running"`` statistics are shared and do not change.
+        chunk_size: number of members to process at a time, as in ``torch.vmap``; by default all. Fewer take less
+            memory. With 1, members are processed one after the other, without ``vmap``: the fastest on one CPU thread.
         donate: overwrite the train state's buffers, see `make_step`.
 
     Returns:
@@ -213,8 +216,9 @@ def make_ensemble_step(
         optimizer's. The metrics are (members,).
 
     Raises:
-        ValueError: if ``chunk_size`` is less than 1, in a process group, or as from `make_step`; from the step, if its
-            arguments are not of as many members, or its train state has an average or a loss scale.
+        ValueError: if ``chunk_size`` is less than 1, in a process group, or as from `make_step`; from the step, if an
+            argument has another number of members than the train state, or the train state is of one network or has an
+            average or a loss scale.
     """
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, found {chunk_size}")
@@ -260,7 +264,7 @@ def make_ensemble_step(
         given = (trained, state, count, batch, key)
 
         def gradients(part: range) -> tuple[Tree, Tree, Metrics]:
-            """Of some members."""
+            """Gradients, statistics and metrics of some members."""
             index = part[0] if len(part) == 1 else slice(part.start, part.stop)
             own: list[Any] = [
                 each if dim is None else _member(each, index) for each, dim in zip(given, dims, strict=True)
@@ -290,13 +294,13 @@ def make_ensemble_step(
 
 
 def _joined(parts: Sequence[Members]) -> Members:
-    """All members' leaves, from those of some members each."""
+    """The leaves of all members, from parts with some members each."""
     joined: Members = pytree.tree_map(lambda *leaves: torch.cat(leaves), *parts)
     return joined
 
 
 def _overwrite(old: Tree, new: Tree) -> None:
-    """Write into the tensors of ``old`` what an optimizer did not write there by itself."""
+    """Copy into the tensors of ``old`` what the optimizer did not write there itself."""
     leaves = tree.flatten(new)
     for path, leaf in tree.flatten(old).items():
         if leaves[path] is not leaf:
@@ -304,7 +308,9 @@ def _overwrite(old: Tree, new: Tree) -> None:
 
 
 def cosine_restarts(initial: float, period: int) -> Schedule:
-    """Half a cosine from ``initial`` to 0, again and again (Loshchilov and Hutter, arXiv:1608.03983, equation 5).
+    """Half a cosine from ``initial`` to 0, restarted every ``period`` steps.
+
+    Loshchilov and Hutter, arXiv:1608.03983, equation 5.
 
     >>> schedule = cosine_restarts(1.0, 4)
     >>> [round(float(schedule(torch.tensor(step))), 3) for step in (0, 2, 4, 6)]
@@ -317,16 +323,16 @@ def cosine_restarts(initial: float, period: int) -> Schedule:
 def snapshots(
     step: Step, train_state: TrainState, batches: Iterable[Batch], period: int, key: Tensor | None = None
 ) -> tuple[Tree, Tree]:
-    """Train, and keep the network every ``period`` steps: an ensemble for the price of one training.
+    """Train, and keep the network every ``period`` steps: an ensemble at the cost of one training.
 
-    Snapshot ensembles (Huang et al., arXiv:1704.00109), with a step whose optimizer follows `cosine_restarts` of the
-    same period, so that each snapshot is taken where the learning rate has come to 0.
+    These are snapshot ensembles (Huang et al., arXiv:1704.00109) if the step's optimizer follows `cosine_restarts` of
+    the same period, so that each snapshot is taken where the learning rate has fallen to 0.
 
     Args:
-        step: of `make_step`.
-        train_state: where to begin; a step that donates overwrites it.
-        batches: what to train on; a last period that is not full is trained, but not kept.
-        period: steps from one snapshot to the next.
+        step: from `make_step`.
+        train_state: where to begin; a step with ``donate`` overwrites it.
+        batches: what to train on; an incomplete last period is trained, but not kept.
+        period: number of steps from one snapshot to the next.
         key: see `make_step`.
 
     Returns:
@@ -346,7 +352,7 @@ def snapshots(
     return stack([params for params, _ in found]), stack([state for _, state in found])
 
 
-# What members say --------------------------------------------------------------------------------------------
+# Predictions -------------------------------------------------------------------------------------------------
 
 
 def logits(model: Model, params: Tree, state: Tree, x: Tensor, *, mapped: Trainable | None = None) -> Tensor:
@@ -375,15 +381,15 @@ def mc_dropout(model: Model, params: Tree, state: Tree, x: Tensor, keys: Tensor)
     """The logits of one network with dropout on, once for each key: (keys, batch, classes).
 
     Gal and Ghahramani, Dropout as a Bayesian Approximation (arXiv:1506.02142). Batch normalisation uses its running
-    statistics. Layers before the first draw run once for all keys.
+    statistics. Layers before the first random draw run once for all keys.
 
     Args:
         model, params, state: the network, one with dropout.
         x: images, (batch, channels, height, width).
-        keys: of the masks, (keys, 2): ``random.split(key, count)``.
+        keys: for the masks, (keys, 2): ``random.split(key, count)``.
 
     Raises:
-        ValueError: if the network draws nothing.
+        ValueError: if the network draws no random numbers.
     """
     drawn = False
 
@@ -397,7 +403,7 @@ def mc_dropout(model: Model, params: Tree, state: Tree, x: Tensor, keys: Tensor)
 
     found = vmap(one)(keys)
     if not drawn:
-        raise ValueError(f"{model.name} draws nothing in training: all passes are equal, and say nothing of certainty")
+        raise ValueError(f"{model.name} draws nothing in training: all passes are equal, and show no uncertainty")
     return found
 
 
@@ -425,7 +431,7 @@ def mean_probability(logits: Tensor) -> Tensor:
 
 
 def vote(logits: Tensor) -> Tensor:
-    """The share of members that answer with each class, (members, batch, classes) to (batch, classes).
+    """The share of members that predict each class, (members, batch, classes) to (batch, classes).
 
     Raises:
         ValueError: unless ``logits`` has these three axes.
@@ -438,7 +444,7 @@ def vote(logits: Tensor) -> Tensor:
 
 
 def disagreement(logits: Tensor) -> Tensor:
-    """The share of pairs of members with different answers, (members, batch, classes) to (batch,).
+    """The share of pairs of members with different predictions, (members, batch, classes) to (batch,).
 
     With ``v`` of ``n`` votes for each class, ``(n^2 - sum v^2) / (n (n - 1))``.
 
@@ -454,7 +460,7 @@ def disagreement(logits: Tensor) -> Tensor:
 
 
 def predictive_entropy(logits: Tensor) -> Tensor:
-    """The entropy of the mean probability, nats: all uncertainty, (members, batch, classes) to (batch,).
+    """The entropy of the mean probability, in nats: the total uncertainty, (members, batch, classes) to (batch,).
 
     Raises:
         ValueError: unless ``logits`` has these three axes.
@@ -466,7 +472,7 @@ def predictive_entropy(logits: Tensor) -> Tensor:
 
 
 def expected_entropy(logits: Tensor) -> Tensor:
-    """The mean of the members' entropies, nats: what is uncertain to each of them, such as an ambiguous image.
+    """The mean of the members' entropies, in nats: the uncertainty within each member, as for an ambiguous image.
 
     (members, batch, classes) to (batch,).
 
@@ -481,10 +487,11 @@ def expected_entropy(logits: Tensor) -> Tensor:
 
 
 def mutual_information(logits: Tensor) -> Tensor:
-    """`predictive_entropy` less `expected_entropy`, nats: what is uncertain because members differ, (batch,).
+    """`predictive_entropy` minus `expected_entropy`, in nats: the uncertainty because members differ, (batch,).
 
-    Between an answer and the choice of a member (Houlsby et al., arXiv:1112.5745, equation 2; Depeweg et al.,
-    arXiv:1710.07283). From 0 to the logarithm of the number of members or classes, whichever is smaller.
+    The mutual information of the prediction and the choice of a member (Houlsby et al., arXiv:1112.5745, equation 2;
+    Depeweg et al., arXiv:1710.07283), from 0 to the logarithm of the number of members or classes, whichever is
+    smaller.
 
     Raises:
         ValueError: unless ``logits`` has the axes (members, batch, classes).
@@ -496,38 +503,38 @@ def mutual_information(logits: Tensor) -> Tensor:
 
 
 class Reliability(NamedTuple):
-    """How often answers of some confidence are right; see `reliability`."""
+    """How often predictions of a given confidence are right; see `reliability`."""
 
     confidence: Tensor
-    """The mean confidence in each bin, (bins,); nan where a bin is empty."""
+    """The mean confidence in each bin, (bins,); NaN where a bin is empty."""
     accuracy: Tensor
-    """The share of right answers in each bin, (bins,); nan where a bin is empty."""
+    """The share of right predictions in each bin, (bins,); NaN where a bin is empty."""
     images: Tensor
-    """How many images each bin has, (bins,)."""
+    """The number of images in each bin, (bins,)."""
 
     @property
     def expected_calibration_error(self) -> float:
-        """The mean distance of the two over the images (Guo et al., equation 3)."""
+        """The distance of accuracy and confidence in a bin, averaged over the images (Guo et al., equation 3)."""
         gaps = (self.accuracy - self.confidence).abs().nan_to_num()
         return float((gaps * self.images).sum() / self.images.sum())
 
 
 def reliability(probabilities: Tensor, labels: Tensor, bins: int = 15) -> Reliability:
-    """The reliability curve: accuracy by confidence, the largest probability, in bins of equal width.
+    """The reliability curve: accuracy by confidence (the largest probability), in bins of equal width.
 
     Guo et al., On Calibration of Modern Neural Networks (arXiv:1706.04599, section 2).
 
     Args:
         probabilities: (images, classes).
         labels: the right classes, (images,).
-        bins: how many.
+        bins: number of bins.
 
     >>> found = reliability(torch.tensor([[0.9, 0.1], [0.2, 0.8]]), torch.tensor([0, 0]), bins=2)
     >>> found.images.tolist(), round(found.expected_calibration_error, 2)
     ([0, 2], 0.35)
 
     Raises:
-        ValueError: if the shapes do not fit, there are no images, or ``bins`` is less than 1.
+        ValueError: if the shapes do not match, there are no images, or ``bins`` is less than 1.
     """
     if probabilities.ndim != 2 or labels.shape != probabilities.shape[:1] or not len(labels):
         raise ValueError(

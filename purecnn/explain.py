@@ -3,8 +3,8 @@
     heat = grad_cam(model, params, state, x)          # where: (batch, h, w)
     values, gap = integrated_gradients(model, params, state, x, target)        # which pixels: as x
 
-All run the network in evaluation mode, where no image of a batch knows of the others: one backward pass of the sum of
-the batch's logits gives the gradient of each image. What is explained is the logit of a class, before the softmax.
+All run the network in evaluation mode, where the images of a batch do not influence each other: one backward pass of
+the sum of the batch's logits gives the gradient of each image. The logit of a class, before the softmax, is explained.
 """
 
 import operator
@@ -24,13 +24,13 @@ from purecnn.tree import Tree
 __all__ = ["Integrated", "Target", "grad_cam", "input_gradient", "integrated_gradients", "smooth_gradient"]
 
 Target: TypeAlias = Tensor | int | None
-"""The class to explain: one for each image (batch,), int64; one for all; or None for each image's likeliest."""
+"""The class to explain: one for each image (batch,), int64; one for all; or None for each image's most likely class."""
 
 
 def input_gradient(model: Model, params: Tree, state: Tree, x: Tensor, target: Target = None) -> Tensor:
     """The gradient of a class's logit with respect to the image, ``d logit[target] / d x``.
 
-    Simonyan et al. 2013, arXiv:1312.6034, section 3, who show its largest magnitude over the channels.
+    Simonyan et al. 2013, arXiv:1312.6034, section 3; they display its largest magnitude over the channels.
 
     Args:
         model, params, state: the network.
@@ -38,7 +38,7 @@ def input_gradient(model: Model, params: Tree, state: Tree, x: Tensor, target: T
         target: the class.
 
     Returns:
-        As ``x``.
+        Gradients in the shape of ``x``.
 
     Raises:
         ValueError: if there are not as many targets as images, or no such class.
@@ -72,14 +72,14 @@ def smooth_gradient(
     Args:
         model, params, state: the network.
         x: images (batch, channels, height, width).
-        target: the class; the likeliest is that of the image without noise.
-        key: of the noise; sample ``i`` draws ``random.normal(random.fold_in(key, i), x.shape)``.
+        target: the class; None is the most likely class of the image without noise.
+        key: for the noise; sample ``i`` draws ``random.normal(random.fold_in(key, i), x.shape)``.
         noise: standard deviation of the Gaussian noise, as a share of the range of each image's values.
         samples: number of noisy copies.
-        chunk_size: so many images at once; what is at once in memory, and nothing else, depends on it.
+        chunk_size: about how many images to process at a time; only the memory depends on it.
 
     Returns:
-        As ``x``.
+        Gradients in the shape of ``x``.
 
     Raises:
         ValueError: if ``noise`` is negative, ``samples`` is less than 1, there are not as many targets as images, or no
@@ -99,12 +99,12 @@ def smooth_gradient(
 
 
 class Integrated(NamedTuple):
-    """Integrated gradients, and how far they are from complete."""
+    """Integrated gradients, and their error of completeness."""
 
     values: Tensor
-    """What each pixel adds to the logit, compared with the baseline: as the images."""
+    """What each pixel adds to the logit, compared with the baseline, in the shape of the images."""
     gap: Tensor
-    """``values.sum() - (logit(x) - logit(baseline))`` of each image (batch,): 0 but for the finite number of steps."""
+    """``values.sum() - (logit(x) - logit(baseline))`` of each image (batch,): 0 with infinitely many steps."""
 
 
 def integrated_gradients(
@@ -118,20 +118,20 @@ def integrated_gradients(
     steps: int = 50,
     chunk_size: int = 32,
 ) -> Integrated:
-    """Integrated gradients: the input gradient's mean on the straight line from a baseline, times the way.
+    """Integrated gradients: the mean input gradient on the line from a baseline to the image, times their difference.
 
     ``values = (x - baseline) * integral_0^1 gradient(baseline + a (x - baseline)) da``, by the Gauss-Legendre rule.
     Sundararajan et al. 2017, arXiv:1703.01365, section 3. They are complete: the values add up to the difference of
-    the logits. A large gap asks for more steps.
+    the logits. If the gap is large, use more steps.
 
     Args:
         model, params, state: the network.
         x: images (batch, channels, height, width).
         target: the class.
-        baseline: the image that says nothing, of a shape that broadcasts to that of ``x``; by default zeros, which
+        baseline: an image without information, in a shape that broadcasts to that of ``x``; by default zeros, which
             for normalised images is the mean colour.
         steps: number of points on the line.
-        chunk_size: so many images at once; what is at once in memory, and nothing else, depends on it.
+        chunk_size: about how many images to process at a time; only the memory depends on it.
 
     Raises:
         ValueError: if ``steps`` is less than 1, or there are not as many targets as images, or no such class.
@@ -148,7 +148,7 @@ def integrated_gradients(
         raise ValueError(f"steps is at least 1, found {steps}")
     baseline = (torch.zeros_like(x) if baseline is None else baseline).expand_as(x)
     target = _classes(model, params, state, x, target)
-    nodes, weights = np.polynomial.legendre.leggauss(steps)  # on -1 to 1, of sum 2
+    nodes, weights = np.polynomial.legendre.leggauss(steps)  # on [-1, 1]; the weights sum to 2
     way = x - baseline
 
     def point(i: int) -> Tensor:
@@ -163,24 +163,24 @@ def integrated_gradients(
 def grad_cam(
     model: Model, params: Tree, state: Tree, x: Tensor, target: Target = None, *, path: str | None = None
 ) -> Tensor:
-    """Grad-CAM: where in the image a layer's channels speak for a class.
+    """Grad-CAM: where in the image a layer's channels support a class.
 
     ``relu(sum_c a_c A_c)``, where ``A`` is the layer's output and ``a_c`` the mean over its pixels of
-    ``d logit[target] / d A_c``. Selvaraju et al. 2016, arXiv:1610.02391, section 3. Where a global average and one
-    linear map follow, it is the class activation map (arXiv:1512.04150) divided by the number of pixels.
+    ``d logit[target] / d A_c``. Selvaraju et al. 2016, arXiv:1610.02391, section 3. If a global average and one
+    linear map follow the layer, it is the class activation map (arXiv:1512.04150) divided by the number of pixels.
 
     Args:
         model, params, state: the network.
         x: images (batch, channels, height, width).
         target: the class.
-        path: of the layer, such as ``"stage2.0.conv1"``; by default the last of the stem and the stages whose output
-            is an image of more than one pixel.
+        path: the layer's path, such as ``"stage2.0.conv1"``; by default the last of the stem and the stages whose
+            output is an image of more than one pixel.
 
     Returns:
-        (batch, height, width) of the layer, at least 0.
+        A map of values of at least 0, (batch, height, width) of the layer's output.
 
     Raises:
-        ValueError: if there is no such layer, or if its output is no image.
+        ValueError: if there is no such layer, or if its output is not an image.
 
     >>> import purecnn
     >>> model = purecnn.create("lenet5")
@@ -228,14 +228,14 @@ def _classes(model: Model, params: Tree, state: Tree, x: Tensor, target: Target)
             raise ValueError(f"target is a class from 0 to {model.num_classes - 1}, found {target}")
         return torch.full((len(x),), target, device=x.device)
     if target.shape != x.shape[:1]:
-        raise ValueError(f"targets are one for each of {len(x)} images, found shape {tuple(target.shape)}")
+        raise ValueError(f"targets must be one for each of {len(x)} images, found shape {tuple(target.shape)}")
     if not is_transformed(target) and len(target) and not 0 <= target.min() <= target.max() < model.num_classes:
         raise ValueError(f"targets are classes from 0 to {model.num_classes - 1}, found {target.tolist()}")
     return target
 
 
 def _scores(logits: Tensor, target: Tensor) -> Tensor:
-    """Of each image, the logit of its class: (batch,)."""
+    """The logit of each image's class: (batch,)."""
     return logits.gather(1, target[:, None])[:, 0]
 
 

@@ -1,4 +1,4 @@
-"""Writing files wholly or not at all."""
+"""Atomic writing of files: a file is written completely or not at all."""
 
 import errno
 import glob
@@ -19,10 +19,10 @@ _HOST = platform.node()
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary file that takes the place of ``path`` when the block ends, and vanishes when it fails.
+    """A temporary file that replaces ``path`` when the block ends, and is deleted if the block fails.
 
-    It lies beside ``path``, in a hidden folder of its own, with whatever its writer puts beside it in turn. What a
-    process leaves that is killed in the block goes when the same machine writes to ``path`` again.
+    It is in its own hidden folder beside ``path``, together with any other files that its writer creates there. If a
+    process is killed in the block, the next write to ``path`` from the same machine removes what it left.
 
     Raises:
         IsADirectoryError: if ``path`` is a folder.
@@ -36,24 +36,24 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(path)
     if target.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "is a folder, and no file can take its place", str(target))
+        raise IsADirectoryError(errno.EISDIR, "is a folder, which a file cannot replace", str(target))
     target.parent.mkdir(parents=True, exist_ok=True)
     clear(target)
     folder = target.with_name(f".{target.name}.{_HOST}.{secrets.token_hex(8)}")
     folder.mkdir()
     try:
         with _locked(folder, wait=True):
-            # The suffix stays last, because some writers choose the format by it.
+            # The name keeps its suffix, because some writers choose the format by it.
             temporary = folder / f".{target.name}"
             with temporary.open("xb") as new:
-                rights = os.fstat(new.fileno()).st_mode & 0o777  # what the umask leaves
+                rights = os.fstat(new.fileno()).st_mode & 0o777  # the permissions that the umask leaves
             yield temporary
             with temporary.open("rb") as written:
                 os.fsync(written.fileno())
-            temporary.chmod(rights)  # some writers, safetensors' among them, put a private file in its place
+            temporary.chmod(rights)  # some writers, such as safetensors', replace it by a private file
             temporary.replace(target)
     except OSError as error:
-        if error.errno is not None and error.filename is None:  # as when the disk is full
+        if error.errno is not None and error.filename is None:  # for example, when the disk is full
             error.filename = str(target)
         raise
     finally:
@@ -61,16 +61,16 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def clear(target: Path) -> None:
-    """Remove what killed processes of this machine left of writing a file; others' locks may not be seen from here."""
+    """Remove what killed processes of this machine left; other machines' locks may not be visible from here."""
     for folder in target.parent.glob(f".{glob.escape(f'{target.name}.{_HOST}')}.{'[0-9a-f]' * 16}"):
         with suppress(OSError), _locked(folder, wait=False) as dead:
-            if dead and any(folder.iterdir()):  # an empty one may be so new that its owner has yet to lock it
+            if dead and any(folder.iterdir()):  # an empty folder may be so new that its owner has not locked it yet
                 shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
 def alone(folder: Path) -> Iterator[bool]:
-    """Keep a folder, and say whether no other process of this machine does; True where there are no locks."""
+    """Lock a folder; yields False if another process of this machine holds it, and True if locks are not supported."""
     if sys.platform == "win32":
         yield True
         return
@@ -81,7 +81,7 @@ def alone(folder: Path) -> Iterator[bool]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             free = False
-        except OSError:  # the file system has no locks
+        except OSError:  # the file system has no locks: treat the folder as free
             pass
         yield free
     finally:
@@ -90,8 +90,8 @@ def alone(folder: Path) -> Iterator[bool]:
 
 @contextmanager
 def _locked(folder: Path, wait: bool) -> Iterator[bool]:
-    """Lock a folder, and say whether that was possible; the system unlocks it for a process that is killed."""
-    if sys.platform == "win32":  # which cannot open folders
+    """Lock a folder; yields whether that succeeded. The operating system releases the lock of a killed process."""
+    if sys.platform == "win32":  # Windows cannot open folders
         yield False
         return
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)

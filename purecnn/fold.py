@@ -1,12 +1,12 @@
-"""Batch normalisation folded into the convolutions before it: the same function in evaluation, in fewer passes.
+"""Folding of batch normalisation into the convolutions before it: the same function in evaluation, in fewer passes.
 
     folded, params, state = fold(model, params, state)
     logits, _ = folded.apply(params, state, images)
 
-With running statistics a normalisation is ``scale * x + shift`` for each channel, so the convolution before can do it:
-``scale * (w * x + b) + shift = (scale w) * x + (scale b + shift)`` (Jacob et al. 2017, arXiv:1712.05877, section 3.2).
-Which convolution's output goes to which normalisation, and nowhere else, is seen in a run on meta tensors; nothing
-about architectures is known here. `pack` then has a CPU's library reorder the weights once, and not in every call.
+With running statistics a normalisation is ``scale * x + shift`` for each channel, so the convolution before it can do
+the same: ``scale * (w * x + b) + shift = (scale w) * x + (scale b + shift)`` (Jacob et al. 2017, arXiv:1712.05877,
+section 3.2). A run on meta tensors shows which convolution's output goes to one normalisation and nowhere else, so no
+knowledge of architectures is needed. `pack` then has oneDNN reorder the weights once, instead of in every call.
 """
 
 import dataclasses
@@ -31,25 +31,28 @@ __all__ = ["fold", "pack"]
 
 _reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # torch's stub lacks an argument
 
-# By name, because the compiler cannot subscript types in functions inside of functions.
+# An alias, because the compiler cannot subscript types in nested functions.
 _After: TypeAlias = tuple[Any, Tree]
 
 
 def fold(model: Model, params: Tree, state: Tree) -> tuple[Model, Tree, Tree]:
-    """The network without those batch normalisations that directly follow a convolution.
+    """Fold the batch normalisations that directly follow a convolution into that convolution, for faster evaluation.
 
-    A normalisation whose input comes from elsewhere stays as it is: after a sum, a concatenation or an activation (the
-    first of a pre-activation block or a dense layer), or where something else reads the convolution's output, too.
-    Auxiliary heads stay as they are, too: evaluation does not run them.
+    Other normalisations stay as they are: those after a sum, a concatenation or an activation (the first of a
+    pre-activation block or a dense layer), and those after a convolution whose output something else reads, too.
+    Auxiliary heads also stay as they are, since evaluation does not run them.
 
     Args:
         model, params, state: the network, with the running statistics to fold; they are not changed.
 
     Returns:
-        The model to run the result with; parameters in which convolutions have a new weight and bias and the folded
-        normalisations are missing; and the statistics of those that stay. The logits in evaluation are equal up to
-        rounding. In training it takes ``statistics="running"``. The scale is computed in double precision. The last
-        two are differentiable functions of ``params`` and ``state``.
+        The model to run the result with; its parameters, in which convolutions have a new weight and bias and the
+        folded normalisations are missing; and the statistics of the normalisations that stay. Parameters and statistics
+        are differentiable functions of ``params`` and ``state``. The logits in evaluation are equal up to rounding; the
+        scale is computed in float64. Training the result needs ``statistics="running"``.
+
+    Raises:
+        ValueError: when the result is run with batch statistics.
 
     >>> import purecnn
     >>> model = purecnn.create("resnet18")
@@ -80,24 +83,27 @@ def fold(model: Model, params: Tree, state: Tree) -> tuple[Model, Tree, Tree]:
         if mode.path not in folded or not _has_statistics(layer) or "mean" in state:
             return None
         if mode.batch_statistics:
-            raise ValueError("a folded network has running statistics alone: train it before, or with them")
+            raise ValueError(
+                'a folded network has no batch statistics: train it before folding, or with statistics="running"'
+            )
         return x
 
     return _instead(model, without), tree.unflatten(leaves), tree.unflatten(statistics)
 
 
 def pack(model: Model, params: Tree, state: Tree, images: Tensor) -> tuple[Model, Tree]:
-    """For inference on a CPU: convolutions' weights in oneDNN's own layout, as ``torch.compile`` with freezing does it.
+    """Store the convolutions' weights in oneDNN's own layout, as ``torch.compile`` with freezing does, for a CPU.
 
-    PyTorch's convolution reorders the weight in each call, and does without oneDNN for some of them, such as those of
-    one pixel on one thread. The result computes the same up to rounding; it has no derivatives, and cannot be saved.
+    PyTorch's convolution reorders the weight in each call, and does not use oneDNN for some convolutions, such as those
+    of one pixel on one thread. The result computes the same up to rounding, for inference only: it has no derivatives
+    and cannot be saved.
 
     Args:
         model, params, state: the network, best after `fold`.
-        images: of the size and number that are to come; the layout is chosen for them, others work, too.
+        images: a batch of the size that will be used; the layout is chosen for it, but other sizes work, too.
 
     Returns:
-        The model to run it with, and the parameters: packed weights are opaque tensors.
+        The model to run the result with, and its parameters, in which packed weights are opaque tensors.
 
     Raises:
         ValueError: if torch has no oneDNN, or the parameters are not on the CPU.
@@ -112,7 +118,7 @@ def pack(model: Model, params: Tree, state: Tree, images: Tensor) -> tuple[Model
     """
     leaves = tree.flatten(params)
     if not torch._C._has_mkldnn or not all(leaf.is_cpu for leaf in leaves.values()):
-        raise ValueError("to pack weights takes parameters on the CPU, and a torch with oneDNN")
+        raise ValueError("packing weights needs parameters on the CPU, and a build of torch with oneDNN")
     places = {id(leaf): path for path, leaf in leaves.items()}
 
     def around(layer: Layer, params: Tree, state: Tree, x: Any, mode: Mode) -> _After:
@@ -129,28 +135,28 @@ def pack(model: Model, params: Tree, state: Tree, images: Tensor) -> tuple[Model
 
 
 class _Run(NamedTuple):
-    """One run of a layer with tensors of its own."""
+    """One run of a layer that has its own tensors."""
 
     layer: Layer
     path: str
     params: dict[str, str]
-    """Where in the whole tree its parameters are, by name. A layer may borrow those of another."""
+    """Its parameters' paths in the whole tree, by name. A layer may use those of another layer."""
     state: dict[str, str]
     x: Any
     y: Any
 
 
 class _Uses(TorchFunctionMode):
-    """Which run reads which tensor; None stands for all that happens between the runs."""
+    """Records which run reads which tensor; None stands for everything that happens between the runs."""
 
     def __init__(self) -> None:
         super().__init__()
         self.running: int | None = None
         self.readers: dict[int, set[int | None]] = {}
-        self._kept: list[Tensor] = []  # as long as a tensor lives, no other has its identity
+        self._kept: list[Tensor] = []  # while a tensor is alive, no other tensor has its id
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") != "__get__":  # to look at a shape is not to read
+        if getattr(func, "__name__", "") != "__get__":  # getting an attribute, such as the shape, is not reading
             self.read((args, kwargs))
         return func(*args, **(kwargs or {}))
 
@@ -162,7 +168,7 @@ class _Uses(TorchFunctionMode):
 
 
 def _pairs(model: Model, params: Tree, state: Tree) -> list[tuple[_Run, _Run]]:
-    """The convolutions whose output nothing but one batch normalisation reads, with that normalisation."""
+    """The convolutions whose output only one batch normalisation reads, each with that normalisation."""
     params, state = (
         tree.map(lambda leaf: torch.empty(leaf.shape, dtype=leaf.dtype, device="meta"), each)
         for each in (params, state)
@@ -206,7 +212,7 @@ def _has_statistics(layer: Layer) -> bool:
 
 
 def _affine(norm: _Run, leaves: dict[str, Tensor], statistics: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Scale and shift of each channel, in double: what the normalisation makes of 0 and of 1 tells both."""
+    """Scale and shift of each channel in float64, found from the normalisation's outputs for 0 and for 1."""
     params = {name: leaves[path].double() for name, path in norm.params.items()}
     state = {name: statistics[path].double() for name, path in norm.state.items()}
     values = torch.tensor([0.0, 1.0], dtype=torch.float64, device=state["mean"].device)
@@ -220,7 +226,7 @@ def _with_packed_weight(layer: Layer, params: Tree, state: Tree, x: Any, mode: M
     if not isinstance(kind, Convolution) or not params["weight"].is_mkldnn:
         return None
     if is_transformed(x) and not torch.compiler.is_compiling():
-        raise ValueError("a packed network has no derivatives and cannot be mapped: use the folded one")
+        raise ValueError("a packed network has no derivatives and cannot be mapped: use it as it was before pack")
     weight, bias, strides, dilations = params["weight"], params.get("bias"), [kind.stride] * 2, [kind.dilation] * 2
     return torch.ops.mkldnn._convolution_pointwise(
         x, weight, bias, kind.padding, strides, dilations, kind.groups, "none", [], ""
@@ -228,7 +234,7 @@ def _with_packed_weight(layer: Layer, params: Tree, state: Tree, x: Any, mode: M
 
 
 def _instead(model: Model, replacement: Callable[[Layer, Tree, Tree, Any, Mode], Any]) -> Model:
-    """The model whose layers' outputs are the replacement's, where that is not None."""
+    """The model with each layer's output replaced by that of ``replacement``, unless it returns None."""
     layer = model.layer
 
     def apply(params: Tree, state: Tree, x: Any, mode: Mode) -> tuple[Any, Tree]:

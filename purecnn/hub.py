@@ -1,8 +1,8 @@
-"""Data sets of pictures from the Hugging Face Hub, or laid out as its are, through the package ``datasets``.
+"""Data sets of pictures from the Hugging Face Hub, or with the same layout, through the package ``datasets``.
 
     mnist = data.load("hf:ylecun/mnist")
 
-A data set fits if it has a column of pictures and one of classes. Others of its columns are passed over.
+A data set must have a column of pictures and one of classes; the first of each kind is used, others are ignored.
 """
 
 import io
@@ -24,14 +24,15 @@ def load(name: str, *, root: str | os.PathLike[str] | None = None, skip_bad: boo
     """Loads a data set by its name on the Hub, such as ``"ylecun/mnist"``, or from a folder of Parquet files.
 
     Args:
-        name: of the data set. Of several configurations the default one is taken.
+        name: name of the data set; of several configurations, the default one is loaded.
         root: where downloads are kept; by default where ``datasets`` keeps them.
-        skip_bad: leave out pictures that do not decode, instead of failing in the midst of a training. All are
-            decoded once to find them.
+        skip_bad: leave out pictures that do not decode, instead of failing during training. All pictures are decoded
+            once to find them.
 
     Raises:
-        ModuleNotFoundError: without the package ``datasets``.
-        DataError: if it cannot be loaded, or has no training and held-out split, no pictures or no classes.
+        ModuleNotFoundError: if the package ``datasets`` is not installed.
+        DataError: if the data set cannot be loaded, lacks a training split, a held-out split, pictures or classes, or
+            has rows without a class.
     """
     try:
         import datasets
@@ -49,13 +50,13 @@ def load(name: str, *, root: str | os.PathLike[str] | None = None, skip_bad: boo
     features = splits["train"].features
     picture = _column(name, features, datasets.Image, "pictures (Image)")
     label = _column(name, features, datasets.ClassLabel, "classes (ClassLabel)")
-    # The files' bytes, since the package's own decoding knows neither EXIF nor our errors.
+    # Take the files' bytes: the package's own decoding ignores EXIF data and raises other errors.
     train, test = (
         _Rows(splits[split].cast_column(picture, datasets.Image(decode=False)), f"{name}, {split}", picture, label)
         for split in ("train", held_out)
     )
     for split in (train, test):
-        if min(split.rows[label]) < 0:  # the Hub's mark of a secret
+        if min(split.rows[label]) < 0:  # the Hub marks secret labels by -1
             raise DataError(f"{split.where}: there are rows without a class")
     skipped: list[str] = []
     if skip_bad:
@@ -67,7 +68,7 @@ def load(name: str, *, root: str | os.PathLike[str] | None = None, skip_bad: boo
 
 
 def _column(name: str, features: Mapping[str, Any], kind: type, what: str) -> str:
-    """The first column of a kind."""
+    """The name of the first column of a kind."""
     for column, feature in features.items():
         if isinstance(feature, kind):
             return column
@@ -75,7 +76,7 @@ def _column(name: str, features: Mapping[str, Any], kind: type, what: str) -> st
 
 
 class _Rows:
-    """One split, by position."""
+    """One split, as a sequence of examples."""
 
     def __init__(self, rows: Any, where: str, picture: str, label: str) -> None:
         self.rows, self.where, self.picture, self.label = rows, where, picture, label
@@ -93,7 +94,7 @@ class _Rows:
         return f"{self.where}, row {index}"
 
     def without_bad(self) -> tuple["_Rows", list[str]]:
-        """The same without the pictures that do not decode, and what those are called."""
+        """The same split without the pictures that do not decode, and the names of those."""
 
         def is_good(index: int) -> bool:
             try:
@@ -102,7 +103,7 @@ class _Rows:
                 return False
             return True
 
-        with ThreadPoolExecutor() as pool:  # Pillow lets go of the interpreter lock while it decodes
+        with ThreadPoolExecutor() as pool:  # Pillow releases the GIL while it decodes
             good = list(pool.map(is_good, range(len(self))))
         kept = self.rows.select([index for index, fine in enumerate(good) if fine])
         bad = [self.called(index) for index, fine in enumerate(good) if not fine]

@@ -1,12 +1,12 @@
-"""Influence functions: what would change if a training example had been left out, without training again.
+"""Influence functions: predict what would change if a training example were left out, without retraining.
 
     product = lambda v: hvp(objective, params, v)
     influence(product, train_losses, test_loss, params).changes    # (training examples,)
 
 Koh and Liang 2017, "Understanding Black-box Predictions via Influence Functions", arXiv:1703.04730. The theory holds at
-a minimum of a strictly convex objective, such as that of a regularised linear head over frozen features; of whole
-networks it predicts something else than retraining (Bae et al. 2022, arXiv:2209.05364), and needs the Gauss-Newton
-matrix or damping, as the Hessian has negative eigenvalues.
+a minimum of a strictly convex objective, such as that of a regularised linear head on frozen features. For whole
+networks it predicts something other than the effect of retraining (Bae et al. 2022, arXiv:2209.05364), and needs the
+Gauss-Newton matrix or damping, because the Hessian has negative eigenvalues.
 """
 
 from collections.abc import Callable
@@ -28,12 +28,12 @@ class Solution(NamedTuple):
 
     x: Tree
     residual: Tensor
-    """``|b - (A + damping) x| / |b|``, from a product of its own after the last iteration."""
+    """``|b - (A + damping) x| / |b|``, from a separate product after the last iteration."""
     iterations: Tensor
-    """How many products it took, without that one: int64."""
+    """Number of products taken, not counting that one: int64."""
     converged: Tensor
-    """Whether the residual is at most the tolerance. If not, there were too few iterations, a direction in which the
-    matrix is not positive (more damping helps), or the tolerance is below what the type of number resolves."""
+    """Whether the residual is at most the tolerance. If not, there were too few iterations, the matrix is not positive
+    in some direction (more damping helps), or the tolerance is below the precision of the number type."""
 
 
 def conjugate_gradient(
@@ -45,19 +45,19 @@ def conjugate_gradient(
     max_iterations: int = 100,
     preconditioner: Product | None = None,
 ) -> Solution:
-    """Solve ``(A + damping I) x = b`` for a positive definite ``A`` by its products (Hestenes and Stiefel 1952).
+    """Solve ``(A + damping I) x = b`` for a positive definite ``A``, given by products (Hestenes and Stiefel 1952).
 
     Args:
         product: the matrix ``A``.
-        b: the right-hand side. ``vmap`` over it solves for several at once, with all iterations for each.
+        b: the right-hand side. ``vmap`` over it solves for several at once, but always runs ``max_iterations``.
         damping: added to the diagonal.
         tolerance: the relative residual at which to stop.
-        max_iterations: where to stop at the latest. A direction of no or negative curvature ends it, too.
-        preconditioner: something like the inverse of ``A + damping I``, symmetric and positive: the nearer it is, the
-            fewer iterations. By default the identity.
+        max_iterations: the most iterations. A direction of zero or negative curvature also ends the iteration.
+        preconditioner: an approximate inverse of ``A + damping I``, symmetric and positive definite: the better it is,
+            the fewer iterations are needed. By default the identity.
 
     Returns:
-        The last iterate. Whether it solves the equation is in `Solution.converged`: nothing is raised.
+        The last iterate. `Solution.converged` says whether it solves the equation: no error is raised if not.
 
     >>> solution = conjugate_gradient(lambda v: {"w": torch.tensor([1.0, 4.0]) * v["w"]}, {"w": torch.ones(2)})
     >>> solution.x, int(solution.iterations), bool(solution.converged)
@@ -65,7 +65,7 @@ def conjugate_gradient(
     """
     right = ravel(b)
     largest = right.abs().max()
-    scale = torch.where(largest > 0, largest, 1)  # the square of a small vector may be zero
+    scale = torch.where(largest > 0, largest, 1)  # the square of a small vector may underflow
     right = right / scale
 
     def apply(v: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ def conjugate_gradient(
     iterations = torch.zeros((), dtype=torch.int64, device=right.device)
     going = dot(right, right) > target
     for _ in range(max_iterations):
-        # Under vmap and the compiler nobody can look, so what is solved already stands still.
+        # Under vmap and the compiler the loop cannot end early, so what is solved already does not change.
         if not is_mapped() and not going:
             break
         curved = apply(direction)
@@ -106,10 +106,10 @@ class Influence(NamedTuple):
     """The result of `influence`."""
 
     changes: Tensor
-    """(examples,): how much the measure would grow if the example had not been there. Of a test loss, helpful examples
+    """(examples,): how much the measure would grow if the example had been left out. For a test loss, helpful examples
     have positive changes and harmful ones negative changes."""
     solution: Solution
-    """Of the linear system: see whether it converged."""
+    """The solution of the linear system: check whether it converged."""
 
 
 def influence(
@@ -125,9 +125,10 @@ def influence(
 ) -> Influence:
     """Predict how a measure changes when each training example is left out in turn.
 
-    With an objective of the mean of ``n`` losses (and any regulariser), leaving out an example moves its minimum by
-    ``H^-1 g_i / n`` to first order, so the measure by ``(d measure) . H^-1 g_i / n``. One linear system is solved, and
-    one forward derivative gives the products with all ``g_i``; no example's gradient is ever computed.
+    If the objective is the mean of ``n`` losses (and any regulariser), leaving out example ``i``, whose loss has the
+    gradient ``g_i``, moves the minimum by ``H^-1 g_i / n`` to first order, and so the measure by
+    ``(d measure) . H^-1 g_i / n``. One linear system is solved, and one forward derivative gives the products with all
+    ``g_i``; no single example's gradient is computed.
 
     Args:
         product: the objective's Hessian ``H``, as ``lambda v: hvp(objective, params, v)``, or its Gauss-Newton matrix.

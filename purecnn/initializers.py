@@ -1,8 +1,8 @@
-"""Initial values of parameters: each function here returns an :class:`Initializer`.
+"""Initializers: functions that draw the initial values of parameters.
 
 An initializer maps a key and a shape to a tensor: ``init(key, shape, dtype=torch.float32)``. It is pure, so it can be
 mapped over a batch of keys. Shapes are torch's: ``(out, in / groups, height, width)`` for a convolution and
-``(out, in)`` for a linear layer; :func:`fans` counts the connections of a unit in either.
+``(out, in)`` for a linear layer; :func:`fans` counts the connections of a unit in both.
 """
 
 import math
@@ -46,13 +46,13 @@ class Initializer(Protocol):
 
 
 def fans(shape: Sequence[int]) -> tuple[int, int]:
-    """The numbers of inputs and outputs of a unit (fan-in, fan-out) for a weight of this shape.
+    """The numbers of inputs and outputs of a unit, (fan-in, fan-out), for a weight of this shape.
 
     ``fan_in = shape[1] * prod(shape[2:])`` and ``fan_out = shape[0] * prod(shape[2:])``, as torch.nn.init counts them.
     So the fan-out of a grouped convolution is that of all its groups together.
 
     Raises:
-        ValueError: the shape has fewer than two dimensions.
+        ValueError: if the shape has fewer than two dimensions.
 
     >>> fans((64, 3, 7, 7))
     (147, 3136)
@@ -118,8 +118,8 @@ def truncated_normal(std: float, mean: float = 0.0, lower: float = -2.0, upper: 
     """The normal distribution ``N(mean, std**2)``, conditional on ``lower <= x <= upper``.
 
     The bounds are values, not multiples of ``std``, as in ``torch.nn.init.trunc_normal_(std=std, a=lower, b=upper)``:
-    with a small ``std`` the default bounds cut nothing off. GoogLeNet in torchvision is
-    ``truncated_normal(0.01)``; multiples of ``std`` are ``truncated_normal(std, lower=-2 * std, upper=2 * std)``.
+    with a small ``std`` the default bounds cut nothing off. torchvision's GoogLeNet uses ``truncated_normal(0.01)``.
+    To cut at two standard deviations, use ``truncated_normal(std, lower=-2 * std, upper=2 * std)``.
 
     Raises:
         ValueError: unless ``std`` is positive and ``lower < upper``.
@@ -129,9 +129,9 @@ def truncated_normal(std: float, mean: float = 0.0, lower: float = -2.0, upper: 
         raise ValueError(f"lower must be below upper, got {lower} and {upper}")
 
     def init(key: Tensor, shape: tuple[int, ...], /, dtype: torch.dtype = torch.float32) -> Tensor:
-        drawn = torch.promote_types(dtype, torch.float32)  # scaling should not round twice
+        drawn = torch.promote_types(dtype, torch.float32)  # so that scaling does not round twice
         x = random.truncated_normal(key, (lower - mean) / std, (upper - mean) / std, shape, drawn)
-        # Rounding may pass a bound, and a bound may be no number of the type.
+        # Rounding may exceed a bound, and the type may be unable to represent a bound.
         return (x * std + mean).to(dtype).clamp(-_below(-lower, dtype), _below(upper, dtype))
 
     return init
@@ -149,12 +149,12 @@ def variance_scaling(scale: float, mode: Mode, distribution: Distribution) -> In
 
     Args:
         scale: the variance times ``n``.
-        mode: which ``n``: ``"fan_in"``, ``"fan_out"`` or ``"fan_avg"``.
+        mode: what ``n`` is: ``"fan_in"``, ``"fan_out"`` or ``"fan_avg"``.
         distribution: ``"normal"``, ``"uniform"`` or ``"truncated_normal"``.
 
     Raises:
-        ValueError: unless ``scale`` is positive and the other two are among those above; from the initializer, as from
-            `fans`.
+        ValueError: unless ``scale`` is positive and the other two are among those above; when the initializer is
+            called, as from `fans`.
 
     >>> w = variance_scaling(1.0, "fan_in", "uniform")(random.key(0), (64, 300))
     >>> bool(w.abs().max() <= 0.1)
@@ -170,23 +170,23 @@ def variance_scaling(scale: float, mode: Mode, distribution: Distribution) -> In
     def init(key: Tensor, shape: tuple[int, ...], /, dtype: torch.dtype = torch.float32) -> Tensor:
         fan_in, fan_out = fans(shape)
         fan = {"fan_in": fan_in, "fan_out": fan_out, "fan_avg": (fan_in + fan_out) / 2}[mode]
-        std = math.sqrt(scale / max(fan, 1))  # an empty weight has no fan
+        std = math.sqrt(scale / max(fan, 1))  # the fan of an empty weight may be 0
         if distribution == "uniform":
             bound = math.sqrt(3) * std
             return random.uniform(key, shape, dtype, -bound, bound)
         if distribution == "normal":
             return random.normal(key, shape, dtype, std=std)
-        drawn = torch.promote_types(dtype, torch.float32)  # scaling should not round twice
+        drawn = torch.promote_types(dtype, torch.float32)  # so that scaling does not round twice
         return (random.truncated_normal(key, -2.0, 2.0, shape, drawn) * (std / _TRUNCATED_STD)).to(dtype)
 
     return init
 
 
 def kaiming_normal(mode: Mode = "fan_out") -> Initializer:
-    """He's normal initialization for layers before a ReLU: variance ``2 / fan``.
+    """He's normal initialisation for layers before a ReLU: variance ``2 / fan``.
 
-    The fan-out keeps the size of the gradients (torchvision's ResNet, VGG, MobileNet, EfficientNet), the fan-in that of
-    the activations (DenseNet).
+    ``"fan_out"`` keeps the size of the gradients (torchvision's ResNet, VGG, MobileNet, EfficientNet), ``"fan_in"``
+    that of the activations (DenseNet).
 
     Raises:
         ValueError: as from `variance_scaling`.
@@ -198,7 +198,7 @@ def kaiming_normal(mode: Mode = "fan_out") -> Initializer:
 
 
 def kaiming_uniform(mode: Mode = "fan_out") -> Initializer:
-    """He's uniform initialization for layers before a ReLU: ``U(-b, b)`` with ``b = sqrt(6 / fan)``.
+    """He's uniform initialisation for layers before a ReLU: ``U(-b, b)`` with ``b = sqrt(6 / fan)``.
 
     Raises:
         ValueError: as from `variance_scaling`.
@@ -210,7 +210,7 @@ def kaiming_uniform(mode: Mode = "fan_out") -> Initializer:
 
 
 def lecun_normal() -> Initializer:
-    """LeCun's initialization: variance ``1 / fan_in``, normal and cut at two standard deviations, as in JAX and Flax.
+    """LeCun's initialisation: variance ``1 / fan_in``, normal and cut at two standard deviations, as in JAX and Flax.
 
     References:
         LeCun, Bottou, Orr, Müller. Efficient BackProp. 1998
@@ -220,7 +220,7 @@ def lecun_normal() -> Initializer:
 
 
 def xavier_uniform() -> Initializer:
-    """Glorot's uniform initialization: ``U(-b, b)`` with ``b = sqrt(6 / (fan_in + fan_out))``.
+    """Glorot's uniform initialisation: ``U(-b, b)`` with ``b = sqrt(6 / (fan_in + fan_out))``.
 
     References:
         Glorot, Bengio. Understanding the difficulty of training deep feedforward neural networks. AISTATS 2010
@@ -229,7 +229,7 @@ def xavier_uniform() -> Initializer:
 
 
 def xavier_normal() -> Initializer:
-    """Glorot's normal initialization: variance ``2 / (fan_in + fan_out)``.
+    """Glorot's normal initialisation: variance ``2 / (fan_in + fan_out)``.
 
     References:
         Glorot, Bengio. Understanding the difficulty of training deep feedforward neural networks. AISTATS 2010
@@ -238,13 +238,13 @@ def xavier_normal() -> Initializer:
 
 
 def fan_in_uniform(fan_in: int | None = None) -> Initializer:
-    """The law of a new ``torch.nn.Conv2d`` or ``torch.nn.Linear``: ``U(-b, b)`` with ``b = 1 / sqrt(fan_in)``.
+    """The default of ``torch.nn.Conv2d`` and ``torch.nn.Linear``: ``U(-b, b)`` with ``b = 1 / sqrt(fan_in)``.
 
-    torch writes it ``kaiming_uniform_(weight, a=sqrt(5))``. A bias has the bound of its weight, which the shape of the
-    bias does not tell.
+    In torch it is ``kaiming_uniform_(weight, a=sqrt(5))``. A bias has the same bound as its weight, which cannot be
+    found from the shape of the bias.
 
     Args:
-        fan_in: the fan-in of the layer; None takes it from the shape, which must then be a weight's.
+        fan_in: the fan-in of the layer; None computes it from the shape, which must then be that of a weight.
 
     Raises:
         ValueError: if ``fan_in`` is less than 1.
@@ -265,7 +265,7 @@ def fan_in_uniform(fan_in: int | None = None) -> Initializer:
 
 
 def _below(bound: float, dtype: torch.dtype) -> float:
-    """The largest number of a type that is no larger than a bound; of a bound beyond them all, the outermost one."""
+    """The largest number of a type that is at most ``bound``; for a bound out of its range, the number at the end."""
     info = torch.finfo(dtype)
     if abs(bound) > info.max:
         return math.copysign(info.max, bound)

@@ -1,9 +1,9 @@
-"""The network's Jacobian: its tangent kernel, its tangent features, and the network made linear.
+"""The network's Jacobian: neural tangent kernel, tangent features, and the linearised network.
 
     empirical_ntk(network, params, images)            # (images, images, classes, classes)
 
-``network(params, images)`` gives logits and treats images one by one; see `purecnn.curvature.frozen` for a model's, and
-`purecnn.curvature.restrict` for a part of the parameters.
+``network(params, images)`` returns logits and treats each image independently; see `purecnn.curvature.frozen` for that
+of a model, and `purecnn.curvature.restrict` for a part of the parameters.
 """
 
 import math
@@ -19,14 +19,14 @@ from purecnn.tree import Tree
 
 __all__ = ["empirical_ntk", "jacobian", "linearize", "tangent_features"]
 
-_BUDGET = 1 << 30  # bytes of Jacobians that count as few
+_BUDGET = 1 << 30  # bytes of Jacobians up to which they are computed
 
 
 def jacobian(network: Network, params: Tree, images: Tensor) -> Tensor:
     """The derivative of each image's logits by all parameters: (batch, classes, parameters), in the order of `ravel`.
 
     Args:
-        network: from parameters and images to logits; it must treat images one by one.
+        network: from parameters and images to logits; it must treat each image independently.
         params: where it is taken.
         images: (batch, channels, height, width).
 
@@ -54,16 +54,16 @@ def empirical_ntk(
         params: where it is taken.
         images: (n, channels, height, width).
         others: (m, channels, height, width); by default ``images``.
-        method: ``"jacobian"`` contracts both Jacobians, ``(n + m) x classes x parameters`` numbers. ``"products"``
-            holds one such row at a time, and takes the derivative of ``others``' logits along it, ``n x classes``
-            times (Novak et al. 2022, arXiv:2206.08720, sections 3.1 and 3.2). By default the first as long as the
-            Jacobians take no more than 1 GiB.
+        method: ``"jacobian"`` computes both Jacobians, ``(n + m) x classes x parameters`` numbers, and multiplies them.
+            ``"products"`` holds one row of a Jacobian at a time, and takes the derivative of ``others``' logits along
+            it, ``n x classes`` times (Novak et al. 2022, arXiv:2206.08720, sections 3.1 and 3.2). By default the first
+            if the Jacobians take no more than 1 GiB.
 
     Returns:
         (n, m, classes, classes).
 
     Raises:
-        ValueError: if ``method`` is none of these.
+        ValueError: if ``method`` is not one of these.
 
     >>> linear = lambda params, images: images.flatten(1) @ params["weight"].T
     >>> empirical_ntk(linear, {"weight": torch.zeros(2, 1)}, torch.tensor([2.0, 3.0]).reshape(2, 1, 1, 1))[0, 1]
@@ -96,13 +96,13 @@ def empirical_ntk(
 
 
 def linearize(network: Network, params: Tree) -> Network:
-    """The network made linear in its parameters: ``f(params) + J (params' - params)``, its first-order Taylor series.
+    """The network linearised in its parameters: ``f(params) + J (params' - params)``, its first-order Taylor series.
 
-    What a wide network's training follows (Lee et al. 2019, arXiv:1902.06720). A value costs one forward derivative.
+    The training of a wide network follows it (Lee et al. 2019, arXiv:1902.06720). A value costs one forward derivative.
 
     Args:
         network: from parameters and images to logits.
-        params: where it touches the network.
+        params: the point of the expansion.
 
     >>> square = lambda params, images: params["w"] ** 2 * images.flatten(1)
     >>> linear = linearize(square, {"w": torch.tensor(3.0)})
@@ -119,18 +119,18 @@ def linearize(network: Network, params: Tree) -> Network:
 
 
 def tangent_features(network: Network, params: Tree, images: Tensor, key: Tensor, count: int) -> Tensor:
-    """Jacobian-vector products with random directions: ``J(x) [v1 ... vk] / sqrt(k)``, signs ``v``.
+    """Jacobian-vector products with random directions: ``J(x) [v1 ... vk] / sqrt(k)``, where ``v`` are random signs.
 
     A sketch of the tangent kernel: ``features(x) . features(x')`` is an unbiased estimate of `empirical_ntk`, with a
-    standard error that falls as ``1 / sqrt(count)``, for ``count`` forward derivatives instead of the Jacobians
+    standard error that falls as ``1 / sqrt(count)``; it takes ``count`` forward derivatives instead of the Jacobians
     (gradients as features: Mu et al. 2020, arXiv:2004.05529; random projections: Park et al. 2023, arXiv:2303.14186).
 
     Args:
-        network: from parameters and images to logits; images need not be treated one by one.
+        network: from parameters and images to logits; it need not treat images independently.
         params: where it is taken.
         images: (batch, channels, height, width).
-        key: of the directions; the same key makes features that belong together.
-        count: how many directions.
+        key: for the directions; features are comparable only if they have the same key.
+        count: number of directions.
 
     Returns:
         (batch, classes, count).

@@ -3,15 +3,15 @@
     curvature = ekfac(model, params, state, batches, key=key)
     direction = solve(curvature, grad(measure)(params), damping=1e-3)      # a tree like params
 
-Of the Fisher information only what is within a layer is kept. The gradient of a layer's weight is a sum over positions,
-``sum_t s_t x_t'``, of what flowed back and what was read; *K-FAC* takes the two for independent, and positions, too, so
-that the layer's block is the Kronecker product of their second moments, ``E[x x'] (x) E[s s']`` (Martens and Grosse,
-arXiv:1503.05671; convolutions: Grosse and Martens, arXiv:1602.01407). *EK-FAC* keeps the eigenvectors, and takes as
-eigenvalues the gradients' actual second moments along them, which is the best choice there is (George et al.,
-arXiv:1806.03884). What it is for: influence functions of whole networks (Grosse et al., arXiv:2308.03296),
-preconditioning, Laplace's approximation.
+Only the blocks of the Fisher information within each layer are kept. The gradient of a layer's weight is a sum over
+positions, ``sum_t s_t x_t'``, where ``s`` is the gradient by the layer's output and ``x`` its input. *K-FAC* assumes
+that the two are independent, and positions, too, so that the layer's block is the Kronecker product of their second
+moments, ``E[x x'] (x) E[s s']`` (Martens and Grosse, arXiv:1503.05671; convolutions: Grosse and Martens,
+arXiv:1602.01407). *EK-FAC* keeps the eigenvectors, and uses as eigenvalues the gradients' actual second moments along
+them, which is the best possible choice (George et al., arXiv:1806.03884). Uses: influence functions of whole networks
+(Grosse et al., arXiv:2308.03296), preconditioning, Laplace's approximation.
 
-Of layers that are no convolution and no linear map, such as normalisations, the diagonal is kept.
+For layers other than convolutions and linear maps, such as normalisations, only the diagonal is kept.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -33,20 +33,21 @@ from purecnn.tree import Tree
 __all__ = ["Block", "Fisher", "eigenvalues", "ekfac", "kfac", "matrix_function", "product", "solve"]
 
 Fisher: TypeAlias = Literal["sampled", "expected", "empirical"]
-"""Which labels the gradients are of: one drawn from the model's own distribution for each image; all of them, weighted
-by it, which takes a pass for each class; or the data's own, which gives another matrix (arXiv:1905.12558)."""
+"""Which labels the gradients use: ``"sampled"``, one drawn from the model's own distribution for each image;
+``"expected"``, all classes, weighted by that distribution, which takes a pass for each class; or ``"empirical"``, the
+data's labels, which give a different matrix (arXiv:1905.12558)."""
 
 
 class Block(NamedTuple):
-    """The part of the matrix that belongs to one layer's weight and bias, by its eigenvectors.
+    """The block of the matrix for one layer's weight and bias, as its eigenvectors and eigenvalues.
 
-    Each group of a convolution's channels is by itself. The bias, if there is one, is the last of the inputs.
+    Each group of a convolution's channels has its own block. The bias, if there is one, is the last of the inputs.
     """
 
     outputs: Tensor
-    """Eigenvectors, in columns, of the second moments of what flowed back: (groups, outputs, outputs)."""
+    """Eigenvectors, in columns, of the second moments of the gradients by the output: (groups, outputs, outputs)."""
     inputs: Tensor
-    """Those of what was read: (groups, inputs, inputs)."""
+    """Those of the second moments of the inputs: (groups, inputs, inputs)."""
     values: Tensor
     """Eigenvalues: (groups, outputs, inputs)."""
 
@@ -62,28 +63,29 @@ def kfac(
     loss: Loss | None = None,
     trainable: Trainable | None = None,
 ) -> Tree:
-    """The Fisher information, the mean over images, with Kronecker-factored blocks.
+    """The Fisher information, averaged over images, with Kronecker-factored blocks.
 
-    The network runs in evaluation mode. Memory is for a layer's inputs squared (a convolution's are ``channels * height
-    * width`` of its kernel), so what has tens of thousands of inputs is best left out by ``trainable``.
+    The network runs in evaluation mode. Memory grows with the square of a layer's inputs (for a convolution,
+    ``channels * height * width`` of its kernel), so layers with tens of thousands of inputs are best left out by
+    ``trainable``.
 
     Args:
         model, params, state: the network.
-        batches: images (batch, channels, height, width) and labels (batch,), gone through once.
-        fisher: whose labels; see `Fisher`.
-        key: of the labels that are drawn.
+        batches: images (batch, channels, height, width) and labels (batch,), read once.
+        fisher: which labels to use; see `Fisher`.
+        key: for drawing labels.
         loss: of outputs and labels, the mean over a batch, for ``fisher="empirical"``; by default ``model.loss``, or
-            else `purecnn.training.loss_function`. In the others it is cross-entropy.
+            else `purecnn.training.loss_function`. The other kinds use cross-entropy.
         trainable: which parameters, by path; by default all.
 
     Returns:
-        A tree like ``params``, where a convolution or linear layer has a `Block` at the place of its weight, which
-        is that of its bias, too, and all others have the diagonal. It is for `product`, `solve`, `matrix_function` and
-        `eigenvalues`.
+        A tree like ``params``, where a convolution or linear layer has a `Block` in place of its weight, which
+        includes its bias, and all other parameters have the diagonal. Use it with `product`, `solve`,
+        `matrix_function` and `eigenvalues`.
 
     Raises:
-        ValueError: if there are no images, labels are to be drawn without a key, a loss is given for cross-entropy's
-            matrix, or as from `purecnn.per_sample.clipped_gradient_sum`.
+        ValueError: if there are no images, labels are to be drawn without a key, a loss is given without
+            ``fisher="empirical"``, or as from `purecnn.per_sample.clipped_gradient_sum`.
 
     >>> import purecnn
     >>> model = purecnn.create("lenet5")
@@ -107,17 +109,17 @@ def ekfac(
     loss: Loss | None = None,
     trainable: Trainable | None = None,
 ) -> Tree:
-    """`kfac` with the second moments of the gradients along its eigenvectors as eigenvalues.
+    """EK-FAC: `kfac` with the second moments of the gradients along its eigenvectors as eigenvalues.
 
     Of all matrices with these eigenvectors it is the nearest to each layer's own block, and its trace is that of the
-    Fisher information. Memory is for a layer's gradients of all images of a batch.
+    Fisher information. Memory must hold the gradients of all images of a batch.
 
     Args:
         model, params, state, fisher, key, loss, trainable: see `kfac`.
-        batches: as there, but gone through twice: a list, or what `purecnn.data.batches` gives.
+        batches: as for `kfac`, but read twice: a list, or what `purecnn.data.batches` returns.
 
     Raises:
-        ValueError: as from `kfac`, or if ``batches`` can be gone through only once.
+        ValueError: as from `kfac`, or if ``batches`` can be read only once.
 
     >>> import purecnn
     >>> model = purecnn.create("lenet5")
@@ -128,7 +130,7 @@ def ekfac(
     torch.Size([10, 84])
     """
     if iter(batches) is batches:
-        raise ValueError("the batches are gone through twice, but this is an iterator: give a list, or make them anew")
+        raise ValueError("the batches are read twice, but this is an iterator: give a list")
     factored = _factored(model, params, state, batches, fisher, key, loss, trainable)
     leaves = tree.flatten(factored)
     moments = {path: torch.zeros_like(leaf.values) for path, leaf in leaves.items() if isinstance(leaf, Block)}
@@ -152,8 +154,8 @@ def product(curvature: Tree, v: Tree) -> Tree:
     """The matrix times a vector.
 
     Args:
-        curvature: of `kfac` or `ekfac`.
-        v: a tree of the parameters that it is of.
+        curvature: from `kfac` or `ekfac`.
+        v: a tree with the same parameters.
 
     Raises:
         ValueError: as from `matrix_function`.
@@ -168,10 +170,10 @@ def solve(curvature: Tree, v: Tree, damping: float | Tensor) -> Tree:
     """The inverse of the matrix, with ``damping`` added to its diagonal, times a vector.
 
     Args:
-        curvature: of `kfac` or `ekfac`.
-        v: a tree of the parameters that it is of.
-        damping: positive, which a tensor is not asked for. A tenth of the eigenvalues' mean is a usual choice
-            (arXiv:2308.03296); block by block it is
+        curvature: from `kfac` or `ekfac`.
+        v: a tree with the same parameters.
+        damping: positive (not checked for a tensor). A tenth of the mean eigenvalue is a usual choice
+            (arXiv:2308.03296); block by block, this is
             ``matrix_function(curvature, lambda values: 1 / (values + values.mean() / 10), v)``.
 
     Raises:
@@ -186,18 +188,18 @@ def solve(curvature: Tree, v: Tree, damping: float | Tensor) -> Tree:
 
 
 def matrix_function(curvature: Tree, function: Callable[[Tensor], Tensor], v: Tree) -> Tree:
-    """A function of the matrix times a vector: the function acts on the eigenvalues.
+    """A function of the matrix times a vector: the function is applied to the eigenvalues.
 
-    With ``lambda values: (images * values + prior).rsqrt()`` and ``v`` normal, what comes out is distributed as the
-    parameters' deviations in Laplace's approximation.
+    With ``lambda values: (images * values + prior).rsqrt()`` and a standard normal ``v``, the result is distributed as
+    the parameters' deviations from their mean in Laplace's approximation.
 
     Args:
-        curvature: of `kfac` or `ekfac`.
-        function: of eigenvalues, those of one block at a time, number by number.
-        v: a tree of the parameters that it is of.
+        curvature: from `kfac` or `ekfac`.
+        function: from the eigenvalues of one block to a tensor of the same shape.
+        v: a tree with the same parameters.
 
     Raises:
-        ValueError: if ``v`` is of other parameters.
+        ValueError: if ``v`` has other parameters.
 
     >>> matrix_function({"scale": torch.tensor([4.0])}, torch.sqrt, {"scale": torch.tensor([3.0])})
     {'scale': tensor([6.])}
@@ -223,24 +225,25 @@ def matrix_function(curvature: Tree, function: Callable[[Tensor], Tensor], v: Tr
             for each, piece in zip(names, torch.split(matrix, [part.shape[1] for part in columns], 1), strict=True):
                 result[each] = piece.reshape(v[each].shape).to(v[each].dtype)
     if result.keys() != v.keys():
-        raise ValueError(f"the curvature is of other parameters than the vector: {sorted(curvature)} and {sorted(v)}")
+        raise ValueError(f"curvature and vector have different parameters: {sorted(curvature)} and {sorted(v)}")
     return {name: result[name] for name in v}
 
 
 def _check_fits(name: str, expected: tuple[int, ...], found: tuple[int, ...]) -> None:
     if found != expected:
         raise ValueError(
-            f"the curvature is of other parameters than the vector: at {name!r} expected {tuple(expected)}, "
+            f"curvature and vector have different parameters: at {name!r} expected {tuple(expected)}, "
             f"found {tuple(found)}"
         )
 
 
 def eigenvalues(curvature: Tree) -> Tensor:
-    """All eigenvalues, (parameters,), at least 0, in no order: of ``log(values + damping)`` the sum is a determinant's
-    logarithm.
+    """All eigenvalues, (parameters,), at least 0, in no particular order.
+
+    The sum of ``log(values + damping)`` is the logarithm of the damped matrix's determinant.
 
     Args:
-        curvature: of `kfac` or `ekfac`.
+        curvature: from `kfac` or `ekfac`.
 
     >>> eigenvalues({"scale": torch.tensor([2.0, 1.0])})
     tensor([2., 1.])
@@ -276,7 +279,7 @@ def _factored(
             names = use.names
             if path := _block(use):
                 read, signal = _operands(recorded, use, path in joint)
-                if first:  # what was read is the same in every pass over the same images
+                if first:  # inputs are the same in every pass over the same images
                     reads[path] = _moments(read) + reads.get(path, 0)
                     positions[path] = len(read) * read.shape[2] + positions.get(path, 0)
                 signals[path] = _moments(signal) + signals.get(path, 0)
@@ -309,9 +312,9 @@ def _passes(
     loss: Loss | None,
     trainable: Trainable | None,
 ) -> Iterator[tuple[Recorded, bool]]:
-    """What was recorded of each batch, and whether it is the batch's first pass.
+    """The record of each pass over a batch, and whether it is the batch's first pass.
 
-    The gradients' outer products, summed over passes and images, are so many times the Fisher information as there are
+    The gradients' outer products, summed over passes and images, are the Fisher information times the number of
     images.
     """
     if fisher not in ("sampled", "expected", "empirical"):
@@ -319,7 +322,7 @@ def _passes(
     if fisher == "sampled" and key is None:
         raise ValueError("labels are drawn from the model's distribution: pass key=purecnn.random.key(seed)")
     if fisher != "empirical" and loss is not None:
-        raise ValueError(f"the {fisher} Fisher information is that of cross-entropy: a loss is for fisher='empirical'")
+        raise ValueError(f"{fisher!r} Fisher information uses cross-entropy: give a loss only with fisher='empirical'")
     if fisher != "empirical" and model.probabilities is not softmax:
         raise ValueError(f"{model.name} gives no logits, so it has no {fisher} Fisher information: use 'empirical'")
     criterion = (loss or model.loss or loss_function) if fisher == "empirical" else loss_function
@@ -348,15 +351,15 @@ def _passes(
 
 
 def _block(use: Use) -> str | None:
-    """The path of the weight whose block this is part of; None of a layer that has none."""
+    """The path of the weight whose block this layer belongs to; None if it has no block."""
     if "weight" in use.names and isinstance(use.layer.kind, Convolution | Linear):
         return use.paths["weight"]
     return None
 
 
 def _joint(uses: list[Use]) -> set[str]:
-    """The paths of the weights whose block is that of a bias, too: it is trained and lies beside the weight, wherever
-    that is used."""
+    """The paths of the weights whose block includes a bias: one that is trained and lies beside the weight in every use
+    of it."""
     found: dict[str, bool] = {}
     for use in uses:
         if path := _block(use):
@@ -366,7 +369,7 @@ def _joint(uses: list[Use]) -> set[str]:
 
 
 def _operands(recorded: Recorded, use: Use, joint: bool) -> tuple[Tensor, Tensor]:
-    """What was read, ones for a bias included, and what flowed back: (batch, groups, positions, inputs or outputs)."""
+    """Inputs (with ones for a bias) and gradients by the output: (batch, groups, positions, inputs or outputs)."""
     read, signal = operands(use, recorded.parameters(use)["weight"])
     if joint:
         read = torch.cat([read, torch.ones_like(read[..., :1])], -1)
@@ -374,19 +377,19 @@ def _operands(recorded: Recorded, use: Use, joint: bool) -> tuple[Tensor, Tensor
 
 
 def _long(x: Tensor) -> Tensor:
-    """At least in single precision: sums of short numbers stand still."""
+    """At least in single precision: long sums in float16 or bfloat16 stop growing."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _moments(x: Tensor) -> Tensor:
-    """Second moments, summed over images and positions: (groups, numbers, numbers)."""
+    """Second moments, summed over images and positions: (groups, size, size)."""
     columns = x.movedim(1, 0).flatten(1, 2)
     return columns.mT @ columns
 
 
 def _eigen(moments: Tensor, path: str) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and eigenvectors of each group, found in double precision; rounding makes none negative."""
+    """Eigenvalues and eigenvectors of each group, in double precision; those that rounding made negative become 0."""
     if not is_transformed() and not moments.isfinite().all():
-        raise ValueError(f"what {path!r} reads, or its gradients, are not finite")
+        raise ValueError(f"the inputs or gradients of {path!r} are not finite")
     values, vectors = torch.linalg.eigh(moments.double())
     return values.clamp(min=0).to(moments.dtype), vectors.to(moments.dtype)

@@ -1,4 +1,4 @@
-"""Last-layer Laplace: a normal distribution over the weights of the head of a trained network.
+"""Last-layer Laplace approximation: a normal distribution over the head's weights of a trained network.
 
     head, network = restrict(frozen(model, state), params, lambda path: path.startswith("head."))
     posterior = laplace(network, F.cross_entropy, head, images, labels, prior_precision=1.0)
@@ -6,8 +6,8 @@
 
 The posterior is approximated around its maximum by a normal distribution, whose precision is the Gauss-Newton matrix of
 the whole head plus the prior's precision (MacKay 1992, Neural Computation 4:448; Kristiadi et al. 2020,
-arXiv:2002.10118; Daxberger et al. 2021, "Laplace Redux", arXiv:2106.14806). Memory is for the square of the head's
-parameters.
+arXiv:2002.10118; Daxberger et al. 2021, "Laplace Redux", arXiv:2106.14806). Memory grows with the square of the number
+of the head's parameters.
 """
 
 import math
@@ -31,11 +31,11 @@ class Posterior(NamedTuple):
 
     mean: Tree
     ggn: Tensor
-    """Gauss-Newton matrix of the negative log-likelihood, the sum over examples: (parameters, parameters)."""
+    """Gauss-Newton matrix of the negative log-likelihood, summed over examples: (parameters, parameters)."""
     log_likelihood: Tensor
-    """Of all examples, at the mean."""
+    """The log-likelihood of all examples, at the mean."""
     prior_precision: float | Tensor
-    """Of the prior, normal around zero. May be replaced afterwards: see `log_evidence`."""
+    """The precision of the prior, a normal distribution around zero. May be replaced later: see `log_evidence`."""
 
     @property
     def precision_factor(self) -> Tensor:
@@ -54,17 +54,21 @@ def laplace(
     prior_precision: float | Tensor,
     chunk_size: int | None = None,
 ) -> Posterior:
-    """Approximate the posterior of parameters.
+    """Approximate the posterior of parameters by a normal distribution.
 
     Args:
-        network: from parameters and images to outputs (batch, outputs), images one by one; see `restrict`.
-        negative_log_likelihood: of one example, from outputs (outputs,) and its label: ``F.cross_entropy``, or
+        network: from parameters and images to outputs (batch, outputs), independently for each image; see
+            `purecnn.curvature.restrict`.
+        negative_log_likelihood: of one example, from its outputs (outputs,) and label: ``F.cross_entropy``, or
             ``lambda y, t: ((y - t) ** 2).sum() / (2 * noise**2)`` for regression (up to its constant).
         params: the maximum of the posterior: trained with weight decay ``prior_precision / examples`` on the mean loss.
         images: (batch, channels, height, width).
         labels: (batch, ...).
         prior_precision: one over the prior's variance.
-        chunk_size: images at a time; memory is for so many times the outputs times the parameters.
+        chunk_size: number of images at a time; by default all. Memory grows with ``chunk_size * outputs * parameters``.
+
+    Raises:
+        ValueError: if ``chunk_size`` is less than 1.
 
     >>> import torch.nn.functional as F
     >>> linear = lambda params, images: images.flatten(1) @ params["weight"].T
@@ -86,16 +90,16 @@ def laplace(
 
 
 def predictive(network: Network, posterior: Posterior, images: Tensor) -> tuple[Tensor, Tensor]:
-    """The normal distribution of the outputs, with the network made linear around the mean.
+    """The normal distribution of the outputs, with the network linearised around the mean.
 
     Args:
         network: the one that the posterior was made with.
-        posterior: of `laplace`.
+        posterior: from `laplace`.
         images: (batch, channels, height, width).
 
     Returns:
-        Means (batch, outputs), and covariances ``J precision^-1 J^T`` (batch, outputs, outputs); the noise of a
-        regression is not in them.
+        Means (batch, outputs), and covariances ``J precision^-1 J^T`` (batch, outputs, outputs), which do not include
+        the noise of a regression.
     """
     rows = jacobian(network, posterior.mean, images)
     whitened = torch.linalg.solve_triangular(posterior.precision_factor, rows.flatten(0, 1).T, upper=False)
@@ -105,10 +109,10 @@ def predictive(network: Network, posterior: Posterior, images: Tensor) -> tuple[
 
 
 def probit(mean: Tensor, covariance: Tensor) -> Tensor:
-    """Probabilities of classes under normal logits: ``softmax(mean / sqrt(1 + pi / 8 variance))``.
+    """Class probabilities for normally distributed logits: ``softmax(mean / sqrt(1 + pi / 8 variance))``.
 
     MacKay's approximation of the integral (1992, Neural Computation 4:720), class by class. The more uncertain the
-    logits, the closer to uniform.
+    logits, the closer the probabilities are to uniform.
 
     Args:
         mean: (..., classes).
@@ -122,12 +126,12 @@ def probit(mean: Tensor, covariance: Tensor) -> Tensor:
 
 
 def sample(posterior: Posterior, key: Tensor, count: int) -> Tree:
-    """Draw parameters: a tree of stacked leaves, for ``vmap(network, (0, None))``.
+    """Draw parameters from the posterior: a tree of stacked leaves, for ``vmap(network, (0, None))``.
 
     Args:
-        posterior: of `laplace`.
-        key: of the draws.
-        count: how many.
+        posterior: from `laplace`.
+        key: for the draws.
+        count: number of draws.
 
     Returns:
         The tree of the posterior's mean with a first axis, (count, ...), on each leaf.
@@ -143,11 +147,11 @@ def sample(posterior: Posterior, key: Tensor, count: int) -> Tree:
 
 
 def log_evidence(posterior: Posterior) -> Tensor:
-    """The logarithm of the marginal likelihood, by Laplace's method; the best prior precision makes it largest.
+    """The log marginal likelihood, by Laplace's method; the best prior precision maximises it.
 
     ``log p(data | mean) - precision / 2 |mean|^2 + parameters / 2 log precision - log det(L)``, with the prior's
-    precision and `Posterior.precision_factor` (MacKay 1992). The mean belongs to one prior precision; others are
-    compared with ``posterior._replace(prior_precision=...)`` to the extent that it stays.
+    precision and `Posterior.precision_factor` (MacKay 1992). The mean was found for one prior precision; to compare
+    others, use ``posterior._replace(prior_precision=...)``, as far as the mean would stay the same.
 
     >>> posterior = Posterior({"w": torch.zeros(2)}, torch.zeros(2, 2), torch.tensor(-3.0), prior_precision=100.0)
     >>> log_evidence(posterior)  # nothing was learned about the parameters

@@ -1,16 +1,16 @@
-"""The algebra: a layer is a pair of pure functions, and layers compose.
+"""The algebra of layers: a layer is a pair of pure functions, and layers compose.
 
-    params, state, y = layer.init(x, mode)           # x is a meta tensor: its shape is all that matters
+    params, state, y = layer.init(x, mode)           # x is a meta tensor: only its shape matters
     y, state = layer.apply(params, state, x, mode)
 
-The idea is that of ``jax.example_libraries.stax``, with four changes. Children have *names*, statistics
-travel as *state*, shapes come from running layers on meta tensors, and the key of a random draw is
-folded from the *path* of names at the point of the draw.
+The idea comes from ``jax.example_libraries.stax``, with four changes: children have *names*, running
+statistics are passed along as *state*, shapes are found by running layers on meta tensors, and the key of a
+random draw is derived from the *path* of names at which it is made.
 
 A combinator's keyword children are named: their parameters live in a sub-tree of that name. Its
 positional children are transparent: they read and write the parent's own tree. Hence the laws
 ``serial(serial(a, b), c) == serial(a, b, c) == serial(a, serial(b, c))``. The price is that two
-transparent children must not use one name, which raises as soon as it is written.
+transparent children must not use the same name; building such a combination raises an error.
 """
 
 import operator
@@ -29,56 +29,57 @@ from purecnn.remat import rematerialize
 from purecnn.tree import Tree
 
 Tap = Callable[[str, Any, Any], Any]
-"""``tap(path, input, output) -> output`` is called as each named layer ends; what it returns flows on.
+"""``tap(path, input, output) -> output`` is called after each named layer; its result replaces the layer's output.
 
-Of a random draw, ``path`` ends in `DRAW`, ``input`` is the probability of True and ``output`` the mask."""
+It is called for each random mask, too: then ``path`` ends in `DRAW`, ``input`` is the probability of True and
+``output`` is the mask."""
 
 Law = Callable[[str, tuple[int, ...]], Initializer | float | None]
-"""``law(path, shape)`` says how a tensor is drawn, or with which number it is filled; None leaves it to its layer."""
+"""``law(path, shape)`` returns a parameter's initializer, or a number to fill it with, or None for the layer's own."""
 
 Around = Callable[["Layer", Tree, Tree, Any, "Mode"], tuple[Any, Tree]]
-"""``around(layer, params, state, x, mode) -> (y, state)`` runs each layer that has tensors of its own, in its stead.
+"""``around(layer, params, state, x, mode) -> (y, state)`` is called in place of each layer that has its own tensors.
 
-It may call ``layer.apply``; `Layer.kind` says what sort of layer it is. What tools are made of that look at parameters
-and inputs layer by layer, such as the norms of per-sample gradients."""
+It may call ``layer.apply``; `Layer.kind` says what kind of layer it is. Tools that need the parameters and inputs layer
+by layer are built on it, such as the norms of per-sample gradients."""
 
 DRAW = "(draw)"
-"""Stands for a random draw: in `Layer.names` if it is made at the layer's own path, and in a tap's path."""
+"""Marks a random draw: in `Layer.names`, one made at the layer's own path; and at the end of a tap's path."""
 
 
 def _number(path: str) -> int:
     return zlib.crc32(path.encode())
 
 
-# What torch.compiler.assume_constant_result does, but for importing the compiler, which takes seconds.
+# What torch.compiler.assume_constant_result does, without importing the compiler, which takes seconds.
 vars(_number)["_dynamo_marked_constant"] = True
 
 
 class Mode(NamedTuple):
-    """How a network is run; the same for all its layers, but for the path."""
+    """How a network is run: the same for all its layers, except for the path."""
 
     train: bool = False
     """Draw random numbers, and run auxiliary heads."""
     batch_statistics: bool = False
     """Normalise by the batch's statistics and update the running ones."""
     key: Tensor | None = None
-    """The key of all draws; see `purecnn.random`."""
+    """The key that all draws are derived from; see `purecnn.random`."""
     tap: Tap | None = None
     law: Law | None = None
-    """In initialisation, overrides the laws that layers bring along."""
+    """In initialisation, overrides the initializers of the layers."""
     norm: Literal["batch", "group"] = "batch"
-    """What stands where a network has batch normalisation: itself, or group normalisation, which needs no batch."""
+    """What batch normalisation layers run: batch normalisation, or group normalisation, which needs no batch."""
     synchronized: bool = False
-    """A batch's statistics are those of all processes' batches together; see `purecnn.distributed`."""
+    """Batch statistics are computed over the batches of all processes; see `purecnn.distributed`."""
     around: Around | None = None
     remat: bool = False
-    """Blocks do not keep what the backward pass needs, but compute it again. A block is a named layer that is no list
-    of numbered ones: an element of such a list, or a part of the network that has none."""
+    """Blocks do not keep what the backward pass needs, but recompute it. A block is an outermost named layer whose
+    children are not numbered: an element of a numbered list, or a part of the network that is no such list."""
     path: str = ""
     """The names from the root to this layer, joined by dots."""
 
     def enter(self, name: str) -> "Mode":
-        """The mode of a child. Without key, tap and around nobody asks for the path, so it is not kept."""
+        """The mode of a child. Without key, tap, around and remat nothing reads the path, so it is not updated."""
         train, batch_statistics, key, tap, law, norm, synchronized, around, remat, path = self
         if key is None and tap is None and around is None and not remat:
             return self
@@ -86,18 +87,18 @@ class Mode(NamedTuple):
         return Mode(train, batch_statistics, key, tap, law, norm, synchronized, around, remat, path)
 
     def draw_key(self) -> Tensor:
-        """The key of this layer's draw: the run's key folded with the layer's path.
+        """The key of this layer's draw: the run's key, folded with the layer's path.
 
         Raises:
             ValueError: if the network runs without a key.
         """
         if self.key is None:
             raise ValueError("this layer draws random numbers in training: pass key=purecnn.random.key(seed)")
-        # A step's own draws take small numbers of the same key, and the number of "" is 0.
+        # A training step folds small numbers into the same key for its own draws, and the number of "" is 0.
         return random.fold_in(self.key, _number(self.path or DRAW))
 
     def bernoulli(self, p: float, shape: tuple[int, ...]) -> Tensor:
-        """This layer's mask, each value True with probability ``p``; a tap sees it, and may replace it.
+        """This layer's random mask: each value is True with probability ``p``; a tap sees it and may replace it.
 
         Raises:
             ValueError: if the network runs without a key.
@@ -109,7 +110,7 @@ class Mode(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What a network with auxiliary heads gives in training."""
+    """What a network with auxiliary heads returns in training."""
 
     logits: Tensor
     aux: tuple[Tensor, ...]
@@ -117,7 +118,7 @@ class Outputs(NamedTuple):
 
 
 def logits_of(outputs: Any) -> Tensor:
-    """The network's own logits, without those of auxiliary heads."""
+    """The network's main logits, without those of auxiliary heads."""
     logits: Tensor = outputs.logits if isinstance(outputs, Outputs) else outputs
     return logits
 
@@ -128,28 +129,28 @@ Apply = Callable[[Tree, Tree, Any, Mode], tuple[Any, Tree]]
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A pure function with parameters and state, as the pair of its initialisation and its application."""
+    """A pure function with parameters and state: the pair of its ``init`` and its ``apply``."""
 
     init: Init
     """``(x, mode) -> (params, state, y)``: ``x`` and ``y`` are meta tensors. Without ``mode.key`` the
     parameters are meta tensors too."""
     apply: Apply
-    """``(params, state, x, mode) -> (y, state)``: the state that it was given, with its own entries
-    replaced; in evaluation the very same object."""
+    """``(params, state, x, mode) -> (y, state)``: returns the given state with the layer's own entries
+    replaced; in evaluation, the same object that it was given."""
     names: frozenset[str] = frozenset()
     """The names it uses in the tree, and `DRAW` if it draws at its own path."""
     kind: Any = None
-    """Of a layer with tensors of its own, what sort it is, if it is one that tools know, with what they need to know:
-    see `purecnn.layers.Convolution`."""
+    """For a layer with its own tensors, of a kind that tools know: that kind, and what they need to know about it, as
+    in `purecnn.layers.Convolution`."""
 
 
 _EMPTY: Tree = {}
 _After: TypeAlias = tuple[Any, Tree]
-"""By a name, because the compiler cannot subscript types in functions inside of functions."""
+"""An alias, because the compiler cannot subscript types in nested functions."""
 
 
 def drawn(layer: Layer, law: Law) -> Layer:
-    """The layer, its parameters drawn by ``law``, unless a law of the run says otherwise.
+    """The same layer, with its parameters drawn by ``law``; a law passed to `Model.init` takes precedence.
 
     >>> from purecnn.layers import linear
     >>> ones = drawn(linear(2), lambda path, shape: 1.0 if path.endswith("weight") else None)
@@ -169,8 +170,8 @@ def drawn(layer: Layer, law: Law) -> Layer:
 
 
 def _blame(error: Exception, name: str, x: Any) -> None:
-    """Note on a passing exception in which layer it arose; every level on the way up prepends its name."""
-    if torch.compiler.is_compiling():  # which cannot trace notes
+    """Add a note to a passing exception: in which layer it arose. Every level on the way up prepends its name."""
+    if torch.compiler.is_compiling():  # the compiler cannot trace notes
         return
     notes = getattr(error, "__notes__", [])
     start = "in layer '"
@@ -185,11 +186,11 @@ def named(name: str, layer: Layer) -> Layer:
     """Put a layer's parameters and statistics into a sub-tree called ``name``.
 
     Args:
-        name: of the sub-tree, and of the layer in errors and for taps.
-        layer: which computes as before.
+        name: name of the sub-tree, and of the layer in errors and taps.
+        layer: the layer; what it computes does not change.
 
     Raises:
-        ValueError: if the name is empty or has a dot in it, which paths are joined by.
+        ValueError: if the name is empty or contains a dot, which separates the names in a path.
 
     >>> from purecnn.layers import linear
     >>> params, state, y = named("head", linear(2)).init(torch.empty(1, 3, device="meta"), Mode())
@@ -226,8 +227,8 @@ def named(name: str, layer: Layer) -> Layer:
         if inner.tap is not None:
             y = inner.tap(inner.path, x, y)
             if y is None:
-                raise TypeError(f"a tap gives what flows on, found None for {inner.path!r}")
-        # Statistics of the batch are new ones; PyTorch 2.11's compiler could not tell, of two dictionaries.
+                raise TypeError(f"a tap must return the output that flows on, found None for {inner.path!r}")
+        # With batch statistics the state is new. PyTorch 2.11's compiler cannot tell whether two dictionaries are one.
         same = not after if mode.batch_statistics else after is before
         return y, state if same else {**state, name: after}
 
@@ -235,10 +236,12 @@ def named(name: str, layer: Layer) -> Layer:
 
 
 def _check_known(layer: Layer, params: Tree) -> None:
-    """That nobody's layers are left out silently. Single tensors may be beside a layer's own, as a folded bias is."""
+    """Check that no sub-tree is silently ignored. Single unknown tensors are allowed, such as the bias of a fold."""
     for name, part in params.items():
         if name not in layer.names and isinstance(part, Mapping):
-            raise ValueError(f"there is no layer {name!r} here, but parameters of one: they are another network's")
+            raise ValueError(
+                f"there is no layer {name!r} here, but the parameters have one: they are those of another network"
+            )
 
 
 def _rematerialized(layer: Layer, params: Tree, state: Tree, x: Any, mode: Mode) -> tuple[Any, Tree]:
@@ -246,15 +249,15 @@ def _rematerialized(layer: Layer, params: Tree, state: Tree, x: Any, mode: Mode)
         return layer.apply(params, state, x, mode._replace(key=key, remat=False))
 
     y, after = rematerialize(run, params, state, x, mode.key)
-    return y, after if mode.batch_statistics and state else state  # the same object where nothing is new
+    return y, after if mode.batch_statistics and state else state  # if nothing is new, the same object
 
 
 def _children(positional: tuple[Layer, ...], keyword: Mapping[str, Layer]) -> tuple[list[Layer], frozenset[str]]:
     for name, layer in (*enumerate(positional), *keyword.items()):
         if not isinstance(layer, Layer):
             raise TypeError(
-                f"{name!r} is no layer but {layer!r}: call what makes one, and wrap a function of tensors in "
-                "purecnn.layers.stateless"
+                f"{name!r} is not a layer but {layer!r}: call the function that makes the layer, or wrap a function of "
+                "tensors in purecnn.layers.stateless"
             )
     layers = [*positional, *(named(name, layer) for name, layer in keyword.items())]
     names: frozenset[str] = frozenset()
@@ -267,17 +270,17 @@ def _children(positional: tuple[Layer, ...], keyword: Mapping[str, Layer]) -> tu
 
 
 def _joined(first: Tree, second: Tree) -> Tree:
-    """Two layers' tensors in one tree; a pair written by hand may not have declared its names."""
+    """Two layers' tensors in one tree; a `Layer` written by hand may not have declared its names."""
     if clash := sorted(first.keys() & second.keys()):
         raise ValueError(f"two layers use {clash}: give one of them a name")
     return {**first, **second}
 
 
 def serial(*layers: Layer, **named_layers: Layer) -> Layer:
-    """One layer after the other, positional ones first: ``serial(f, g)(x) = g(f(x))``.
+    """Run layers one after the other, positional ones first: ``serial(f, g)(x) = g(f(x))``.
 
     Raises:
-        ValueError: if two layers use one name in the tree, or would share a mask.
+        ValueError: if two layers use the same name in the tree, or would share a mask.
 
     >>> from purecnn.layers import conv, relu
     >>> block = serial(conv1=conv(8, 3), relu1=relu, conv2=conv(4, 1))
@@ -317,7 +320,7 @@ def numbered(*layers: Layer) -> Layer:
 def _parallel(join: Callable[[list[Any]], Any], layers: tuple[Layer, ...], keyword: Mapping[str, Layer]) -> Layer:
     children, names = _children(layers, keyword)
     if not children:
-        raise ValueError("there are no layers whose outputs could be joined")
+        raise ValueError("there are no layers whose outputs could be joined: give at least one")
     applies = [child.apply for child in children]
 
     def init(x: Any, mode: Mode) -> tuple[Tree, Tree, Any]:
@@ -341,9 +344,9 @@ def _parallel(join: Callable[[list[Any]], Any], layers: tuple[Layer, ...], keywo
 
 
 def add(*layers: Layer, **named_layers: Layer) -> Layer:
-    """The sum of the layers' outputs on one input: ``add(identity, f)`` is a residual connection.
+    """The sum of the layers' outputs for the same input: ``add(identity, f)`` is a residual connection.
 
-    The outputs have the same shape. He et al. 2015, arXiv:1512.03385, figure 2.
+    The outputs must have the same shape. He et al. 2015, arXiv:1512.03385, figure 2.
 
     Raises:
         ValueError: as from `serial`, or if there are no layers.
@@ -356,9 +359,9 @@ def add(*layers: Layer, **named_layers: Layer) -> Layer:
 
 
 def multiply(*layers: Layer, **named_layers: Layer) -> Layer:
-    """The product of the layers' outputs on one input: ``multiply(identity, gate)`` is an attention gate.
+    """The product of the layers' outputs for the same input: ``multiply(identity, gate)`` is an attention gate.
 
-    The outputs have shapes that broadcast. Hu et al. 2017, arXiv:1709.01507, figure 1.
+    The outputs' shapes must broadcast. Hu et al. 2017, arXiv:1709.01507, figure 1.
 
     Raises:
         ValueError: as from `serial`, or if there are no layers.
@@ -371,10 +374,10 @@ def multiply(*layers: Layer, **named_layers: Layer) -> Layer:
 
 
 def concat(*layers: Layer, **named_layers: Layer) -> Layer:
-    """The layers' outputs on one input, joined along the channels: dense blocks and inception modules.
+    """The layers' outputs for the same input, concatenated along the channels: dense blocks and inception modules.
 
-    The outputs have the same shape ``(b, c, ...)`` but for the channels ``c``. Szegedy et al. 2014, arXiv:1409.4842,
-    figure 2; Huang et al. 2016, arXiv:1608.06993, figure 1.
+    The outputs ``(b, c, ...)`` must have the same shape, except for the channels ``c``. Szegedy et al. 2014,
+    arXiv:1409.4842, figure 2; Huang et al. 2016, arXiv:1608.06993, figure 1.
 
     Raises:
         ValueError: as from `serial`, or if there are no layers.
@@ -387,13 +390,13 @@ def concat(*layers: Layer, **named_layers: Layer) -> Layer:
 
 
 def fork(main: Layer, **aux: Layer) -> Layer:
-    """A side branch to auxiliary heads: ``main``'s output in evaluation, `Outputs` in training.
+    """Attach auxiliary heads: the result returns ``main``'s output in evaluation, and `Outputs` in training.
 
-    ``main`` may hold further forks; their heads come after this one's. Without heads it is ``main``.
+    ``main`` may contain further forks; their heads come after this one's. Without heads the result is ``main``.
 
     Args:
-        main: from the input to the logits.
-        aux: auxiliary heads, by name, from the same input to logits.
+        main: maps the input to the logits.
+        aux: auxiliary heads, by name; each maps the same input to logits.
 
     Raises:
         ValueError: as from `serial`.

@@ -1,7 +1,7 @@
-"""Layers: the leaves that the algebra of `purecnn.layer` composes.
+"""Layers: the building blocks that the combinators of `purecnn.layer` compose.
 
-Images are ``(batch, channels, height, width)``. Parameter names and layouts are the field's:
-``weight`` and ``bias``; running statistics are ``mean``, ``var`` and ``count``.
+Images are ``(batch, channels, height, width)``. Parameters are called ``weight`` and ``bias``, in the layouts
+of torch; running statistics are ``mean``, ``var`` and ``count``.
 """
 
 from collections.abc import Callable
@@ -22,15 +22,15 @@ from purecnn.tree import Tree
 
 
 class Leaf(NamedTuple):
-    """A tensor to be: its shape, and the distribution it is drawn from or the number it is filled with."""
+    """A tensor to create: its shape, and the distribution to draw it from or the number to fill it with."""
 
     shape: tuple[int, ...]
     fill: Initializer | float
     dtype: torch.dtype = torch.float32
-    """Of what is filled; the type of all draws, whatever torch's default is."""
+    """The type of a tensor that is filled. One that is drawn is float32, whatever torch's default type is."""
 
     def draw(self, name: str, mode: Mode) -> Tensor:
-        """The tensor, on the key's device; a meta tensor if there is no key."""
+        """Create the tensor, on the key's device; without a key, a meta tensor."""
         inner, fill = mode.enter(name), self.fill
         if mode.law is not None and (chosen := mode.law(inner.path, self.shape)) is not None:
             fill = chosen
@@ -40,7 +40,7 @@ class Leaf(NamedTuple):
         return torch.full(self.shape, value, dtype=self.dtype, device="meta" if mode.key is None else mode.key.device)
 
 
-# By a name, because the compiler cannot subscript types in functions inside of functions.
+# An alias, because the compiler cannot subscript types in nested functions.
 _Trees: TypeAlias = list[Tree]
 
 Leaves = tuple[dict[str, Leaf], dict[str, Leaf]]
@@ -61,36 +61,36 @@ class Linear(NamedTuple):
 
 
 class Normalization(NamedTuple):
-    """The `Layer.kind` of ``weight * f(x) + bias``, with a number of each for every channel."""
+    """The `Layer.kind` of ``weight * f(x) + bias`` with one weight and one bias for each channel."""
 
     axis: int
-    """Of the channels."""
+    """The axis of the channels."""
 
 
 def parametric(
     leaves: Callable[[Any], Leaves], apply: Apply, *names: str, keeps_shape: bool = False, kind: Any = None
 ) -> Layer:
-    """A layer with tensors of its own.
+    """Make a layer that has its own tensors.
 
     Args:
-        leaves: from the (meta) input to the layer's parameters and statistics.
-        apply: the function of `Layer.apply`; the output's shape is found by running it on meta tensors.
+        leaves: maps the (meta) input to the layer's parameters and statistics.
+        apply: the function for `Layer.apply`; it is run on meta tensors to find the shape of the output.
         names: the names of all its parameters and statistics.
-        keeps_shape: the output's shape is the input's, so nothing needs to be run to find it.
+        keeps_shape: the output has the input's shape, so nothing needs to be run to find it.
         kind: see `Layer.kind`.
 
     Raises:
-        ValueError: from `Layer.init`, if ``leaves`` gives other names.
-        TypeError: likewise, if ``apply`` gives no pair.
+        ValueError: from `Layer.init`, if ``leaves`` returns other names than ``names``.
+        TypeError: from `Layer.init`, if ``apply`` does not return a pair.
     """
 
     def init(x: Any, mode: Mode) -> tuple[Tree, Tree, Any]:
         found = leaves(x)
         if (made := {*found[0], *found[1]}) != set(names):
-            raise ValueError(f"a layer that declares {sorted(names)} makes {sorted(made)}")
+            raise ValueError(f"a layer declares the tensors {sorted(names)}, but makes {sorted(made)}")
 
         def draw(mode: Mode) -> _Trees:
-            # A law is for what is trained.
+            # A law applies to the parameters, not to the statistics.
             modes = mode, mode._replace(law=None)
             return [
                 {name: leaf.draw(name, own) for name, leaf in part.items()}
@@ -103,7 +103,7 @@ def parametric(
         params, state = draw(abstract)
         after = apply(params, state, x, abstract)
         if not isinstance(after, tuple) or len(after) != 2:
-            raise TypeError(f"a layer's apply gives (output, state), found {type(after).__name__}")
+            raise TypeError(f"a layer's apply must return (output, state), found {type(after).__name__}")
         y = after[0]
         if mode.key is not None:
             params, state = draw(mode)
@@ -114,17 +114,17 @@ def parametric(
     def run(params: Tree, state: Tree, x: Any, mode: Mode) -> tuple[Any, Tree]:
         if mode.around is None:
             return apply(params, state, x, mode)
-        # What a layer is made of is its own affair.
+        # Layers inside this one are not passed to ``around``.
         return mode.around(own, params, state, x, mode._replace(around=None))
 
     return Layer(init, run, frozenset(names), kind)
 
 
 def stateless(function: Callable[[Any], Any], *, keeps_shape: bool = False) -> Layer:
-    """A layer without parameters, from a function of its input.
+    """Make a layer without parameters from a function of its input.
 
     Args:
-        function: from the input to the output.
+        function: maps the input to the output.
         keeps_shape: the output has the input's shape and type, so nothing needs to be run to find them.
 
     >>> double = stateless(lambda x: 2 * x)
@@ -142,7 +142,7 @@ def stateless(function: Callable[[Any], Any], *, keeps_shape: bool = False) -> L
 
 
 identity = stateless(lambda x: x)
-"""Its input, ``f(x) = x``."""
+"""Returns its input: ``f(x) = x``."""
 relu = stateless(torch.relu, keeps_shape=True)
 """``max(x, 0)`` (Nair and Hinton 2010)."""
 relu6 = stateless(F.relu6, keeps_shape=True)
@@ -164,7 +164,7 @@ def _bias(bias: bool, features: int, fan_in: int, init: Initializer | float | No
 
 
 Pair: TypeAlias = int | tuple[int, int]
-"""A number for height and width both, or one for each."""
+"""One number for both height and width, or one for each."""
 
 
 def _pair(value: Pair) -> tuple[int, int]:
@@ -193,9 +193,10 @@ def conv(
             size of an image, except for an even kernel with an odd dilation: then it is one pixel smaller.
         groups: channels are convolved in this many separate groups.
         dilation: step from one of the kernel's weights to the next, pixels.
-        bias: add a number to each output channel.
-        init: of the weight ``(features, c / groups, *kernel)``; by default uniform on ``+-1 / sqrt(fan_in)``.
-        bias_init: likewise.
+        bias: add a learned number to each output channel.
+        init: how to draw the weight ``(features, c / groups, *kernel)``; by default uniform on
+            ``+-1 / sqrt(fan_in)``.
+        bias_init: how to draw the bias ``(features,)``; the default is the same.
 
     Raises:
         ValueError: if ``dilation`` is below 1.
@@ -228,10 +229,10 @@ def linear(
     """Affine map along the last axis, ``(b, ..., c) -> (b, ..., features)``.
 
     Args:
-        features: outputs.
-        bias: add a number to each output.
-        init: of the weight ``(features, c)``; by default uniform on ``+-1 / sqrt(c)``.
-        bias_init: likewise, of the bias ``(features,)``.
+        features: number of outputs.
+        bias: add a learned number to each output.
+        init: how to draw the weight ``(features, c)``; by default uniform on ``+-1 / sqrt(c)``.
+        bias_init: how to draw the bias ``(features,)``; the default is the same.
     """
     draw = initializers.fan_in_uniform() if init is None else init
 
@@ -240,7 +241,7 @@ def linear(
         return {"weight": Leaf((features, inputs), draw), **_bias(bias, features, inputs, bias_init)}, {}
 
     def apply(params: Tree, state: Tree, x: Tensor, mode: Mode) -> tuple[Tensor, Tree]:
-        # As one matrix, because torch sums in another order for a batch of matrices, but only under torch.func.
+        # One matrix: for a batch of matrices torch sums in another order under torch.func than without it.
         rows = x.flatten(0, -2) if x.ndim > 2 else x
         y = F.linear(rows, params["weight"], params.get("bias"))
         return y.reshape(*x.shape[:-1], features) if x.ndim > 2 else y, state
@@ -249,11 +250,11 @@ def linear(
 
 
 def _hardsigmoid(x: Tensor) -> Tensor:
-    # F.hardsigmoid has no second derivative. It divides by 6, but its gradient multiplies by 1/6 in single precision,
-    # also in double: so does this.
+    # F.hardsigmoid has no second derivative. It divides by 6, but its gradient multiplies by 1/6 in float32, even for
+    # float64 images. This function does the same.
     if not is_transformed(x):
         return F.hardsigmoid(x)
-    exact = x if x.dtype.itemsize > 2 else x.float()  # short numbers, too, torch computes in single precision
+    exact = x if x.dtype.itemsize > 2 else x.float()  # torch computes float16 and bfloat16 in float32, too
     rising = F.relu6(exact + 3)
     y = rising * 0.1666666716337204
     return (y + (rising / 6 - y).detach()).to(x.dtype)
@@ -264,12 +265,12 @@ hardsigmoid = stateless(_hardsigmoid, keeps_shape=True)
 
 
 def _affine(shape: tuple[int, ...], scale: bool = True) -> dict[str, Leaf]:
-    """What a normalisation learns."""
+    """The parameters of a normalisation."""
     return {**({"weight": Leaf(shape, 1.0)} if scale else {}), "bias": Leaf(shape, 0.0)}
 
 
 def _along(values: Tensor, x: Tensor) -> Tensor:
-    """A number for each channel, shaped to go with images or vectors ``x``."""
+    """One value for each channel, shaped to broadcast with images or vectors ``x``."""
     return values.view(-1, *(1,) * (x.ndim - 2))
 
 
@@ -278,18 +279,20 @@ def batch_norm(eps: float = 1e-5, momentum: float = 0.1, *, scale: bool = True, 
 
     ``(b, c, h, w) -> (b, c, h, w)``.
 
-    ``y = weight * (x - m) / sqrt(v + eps) + bias`` with the batch's mean and variance, which also move the
-    running ones, ``mean += momentum * (m - mean)`` (the variance likewise, unbiased); or with the running ones,
-    as ``Mode.batch_statistics`` says. With ``Mode.norm`` of "group" it is `group_norm` instead.
+    It computes ``y = weight * (x - m) / sqrt(v + eps) + bias``. With ``Mode.batch_statistics``, ``m`` and ``v`` are the
+    batch's mean and variance, and the running ones are updated: ``mean += momentum * (m - mean)``, and the variance
+    likewise, unbiased. Without it, ``m`` and ``v`` are the running ones. If ``Mode.norm`` is "group", the layer is
+    `group_norm` instead.
 
     Args:
         eps: keeps the division finite.
-        momentum: the share of the running statistics that a batch replaces.
-        scale: whether there is a weight; without, it is one.
-        groups: of the normalisation that may stand in its stead; 1 suits vectors, whose channels have one value each.
+        momentum: the share of the running statistics that each batch replaces.
+        scale: whether there is a weight; if not, it is 1.
+        groups: groups of the `group_norm` that may replace it; 1 suits vectors, whose channels have one value each.
 
     Raises:
-        ValueError: in training, if a channel has but one value; if the images have longer numbers than the statistics.
+        ValueError: with batch statistics, if a channel has only one value; if the images have a higher precision than
+            the statistics.
     """
     group = group_norm(groups, eps, scale=scale)
 
@@ -305,22 +308,22 @@ def batch_norm(eps: float = 1e-5, momentum: float = 0.1, *, scale: bool = True, 
         bias, mean, var = params["bias"], state["mean"], state["var"]
         weight = params["weight"] if scale else torch.ones_like(bias)
         dtype = x.dtype
-        if dtype != mean.dtype:  # shorter numbers than the statistics
+        if dtype != mean.dtype:  # images of lower precision than the statistics
             if dtype.itemsize > mean.dtype.itemsize:
-                raise ValueError(f"images in {dtype} take statistics at least as long, found {mean.dtype}")
+                raise ValueError(f"images in {dtype} need statistics of at least that precision, found {mean.dtype}")
             weight, bias = weight.to(mean.dtype), bias.to(mean.dtype)
-            if is_mapped_or_nested():  # where torch cannot mix types
+            if is_mapped_or_nested():  # torch cannot mix types here
                 x = x.to(mean.dtype)
         if mode.batch_statistics and x.shape[0] == 0 and not mode.synchronized:
-            # No images have no statistics. They count as a batch, as with torch.nn.
+            # An empty batch has no statistics, but it is counted, as in torch.nn.
             mode, state = mode._replace(batch_statistics=False), {**state, "count": state["count"] + 1}
         if not mode.batch_statistics:
             if is_mapped() and not torch.compiler.is_compiling():
-                # One pass, where torch's rule makes three.
+                # One pass over the images; torch's vmap rule makes three.
                 slope = weight * (var + eps).rsqrt()
                 y = torch.addcmul(_along(bias - mean * slope, x), x, _along(slope, x))
                 return y if y.dtype == dtype else y.to(dtype), state
-            # F.batch_norm without its way through Python; the last argument allows cuDNN.
+            # F.batch_norm without its Python overhead; the last argument allows cuDNN.
             y = torch.batch_norm(x, weight, bias, mean, var, False, momentum, eps, True)
             return y if y.dtype == dtype else y.to(dtype), state
         values: int | Tensor = x.numel() // x.shape[1]
@@ -330,12 +333,12 @@ def batch_norm(eps: float = 1e-5, momentum: float = 0.1, *, scale: bool = True, 
             y, m, v, values = _normalized_over_processes(x.to(mean.dtype), eps)
             y = y * _along(weight, x) + _along(bias, x)
         elif is_mapped_or_nested():
-            # The operator below has no vmap rule, nor all derivatives. This one has, but gives the deviation in place
-            # of the variance.
+            # The operator below has no vmap rule and lacks some derivatives. This one has all of them, but returns the
+            # inverse standard deviation in place of the variance.
             y, m, inverse = batch_normalize(x, weight, bias, eps)
             m, v = m.detach(), inverse.detach().square().reciprocal() - eps
         else:
-            # What F.batch_norm does, but for writing into the running statistics.
+            # What F.batch_norm does, without writing into the running statistics.
             y, _, _, _, mean, var = torch.ops.aten._batch_norm_with_update_functional(
                 x, weight, bias, mean, var, momentum, eps
             )
@@ -357,7 +360,7 @@ def batch_norm(eps: float = 1e-5, momentum: float = 0.1, *, scale: bool = True, 
 
 
 def _normalized_over_processes(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The batch of all processes, of mean 0 and variance 1; its mean, variance, and number of values in a channel."""
+    """Normalise by the statistics of all processes' batches; also their mean, variance and values per channel."""
     values = distributed.total({"": torch.full((), float(x.numel() // x.shape[1]), device=x.device)})[""]
     m = distributed.total_flowing(reduce(x, "b c ... -> c", "sum")) / values
     centred = x - _along(m, x)
@@ -368,13 +371,13 @@ def _normalized_over_processes(x: Tensor, eps: float) -> tuple[Tensor, Tensor, T
 def group_norm(groups: int = 32, eps: float = 1e-5, *, scale: bool = True) -> Layer:
     """Normalise groups of channels of each image by their own mean and variance (Wu and He 2018, arXiv:1803.08494).
 
-    ``(b, c, h, w) -> (b, c, h, w)``. No image knows of the others, so it trains with batches of one, and each image has
-    a gradient of its own.
+    ``(b, c, h, w) -> (b, c, h, w)``. Images do not depend on each other, so it works with batches of one image, and
+    each image has its own gradient.
 
     Args:
-        groups: at most so many; the largest number that divides the channels.
+        groups: at most this many; the largest such number that divides the number of channels is used.
         eps: keeps the division finite.
-        scale: whether there is a weight; without, it is one.
+        scale: whether there is a weight; if not, it is 1.
     """
 
     def leaves(x: Tensor) -> Leaves:
@@ -400,7 +403,7 @@ def conv_norm(
     norm: Layer | None = None,
     act: Layer = relu,
 ) -> Layer:
-    """Convolution, normalisation, activation: what most networks since 2015 are made of.
+    """Convolution, normalisation and activation, in this order: what most networks since 2015 are made of.
 
     ``(b, c, h, w) -> (b, features, h', w')``.
 
@@ -426,7 +429,7 @@ def layer_norm(eps: float = 1e-5) -> Layer:
         weight, bias = params["weight"], params["bias"]
         if not derivatives().nested:
             return F.layer_norm(x, x.shape[-1:], weight, bias, eps), state
-        # Torch's derivatives of the derivative take mean and variance for constants.
+        # In derivatives of the derivative, torch treats mean and variance as constants.
         centred = x - x.mean(-1, keepdim=True)
         return centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt() * weight + bias, state
 
@@ -442,17 +445,17 @@ def squeeze_excitation(
     init: Initializer | float | None = None,
     bias_init: Initializer | float | None = None,
 ) -> Layer:
-    """Scale each channel by a number that all channels decide on (Hu et al. 2017, arXiv:1709.01507, figure 1).
+    """Scale each channel by a number computed from all channels' means (Hu et al. 2017, arXiv:1709.01507, figure 1).
 
     ``(b, width, h, w) -> (b, width, h, w)``.
 
     Args:
         width: channels of the image.
-        squeeze: channels in between.
-        act: activation in between.
-        gate: activation at the end.
-        init: of both weights.
-        bias_init: of both biases.
+        squeeze: channels between the two convolutions.
+        act: activation between the two convolutions.
+        gate: activation after them.
+        init: how to draw both weights.
+        bias_init: how to draw both biases.
     """
     return multiply(
         identity,
@@ -465,9 +468,9 @@ def squeeze_excitation(
 
 
 def _noise(rate: float, shape: Callable[[torch.Size], tuple[int, ...]]) -> Layer:
-    """Multiply by 0 with probability ``rate``, else by ``1 / (1 - rate)``; ``shape`` is that of the draw."""
+    """Multiply by 0 with probability ``rate``, else by ``1 / (1 - rate)``; ``shape`` maps x's shape to the mask's."""
     if not 0 <= rate < 1:
-        raise ValueError(f"a rate of dropping is at least 0 and below 1, found {rate}")
+        raise ValueError(f"a drop rate must be at least 0 and below 1, found {rate}")
     if rate == 0:
         return identity
 
@@ -497,16 +500,16 @@ def dropout(rate: float) -> Layer:
 def stochastic_depth(layer: Layer, rate: float, mode: Literal["row", "batch"] = "row") -> Layer:
     """In training, zero the layer's output with probability ``rate``, and scale it by ``1 / (1 - rate)`` otherwise.
 
-    Huang et al. 2016, arXiv:1603.09382, with torchvision's scaling in training instead of in evaluation. For the
-    branch of a residual connection: ``add(identity, stochastic_depth(branch, 0.2))``.
+    Huang et al. 2016, arXiv:1603.09382, but scaled in training instead of in evaluation, as in torchvision. It is used
+    on the branch of a residual connection: ``add(identity, stochastic_depth(branch, 0.2))``.
 
     Args:
         layer: the branch.
         rate: probability of dropping it.
-        mode: draw for each image of the batch, or once for all.
+        mode: ``"row"`` draws for each image of the batch, ``"batch"`` once for all of them.
 
     Raises:
-        ValueError: unless ``rate`` is at least 0 and below 1, and ``mode`` one of these.
+        ValueError: unless ``rate`` is at least 0 and below 1, and ``mode`` is one of these.
     """
     if mode not in ("row", "batch"):
         raise ValueError(f"mode is 'row' or 'batch', found {mode!r}")
@@ -519,20 +522,21 @@ def max_pool(kernel: int, stride: int, padding: int = 0, *, ceil_mode: bool = Fa
     Args:
         kernel: side of the window, pixels.
         stride: from one window to the next, pixels.
-        padding: pixels on each side that no window takes for the largest; at most half of the kernel.
-        ceil_mode: let the last window reach over the border, rather than leave out pixels.
+        padding: pixels on each side, which count as minus infinity; at most half of the kernel.
+        ceil_mode: let the last window reach beyond the border, instead of leaving out pixels.
     """
 
     def pool(x: Tensor) -> Tensor:
-        # Torch sums the derivatives of short numbers in another order.
+        # In float16 and bfloat16, torch sums the derivatives in another order than the code below.
         if kernel < 3 or not x.is_cpu or is_mapped() or not x.is_contiguous() or x.dtype.itemsize < 4:
             return torch.max_pool2d(x, kernel, stride, padding, 1, ceil_mode)
-        # On a CPU torch walks through channels-last images four times faster, but back through their layout it takes
-        # longer. So the places of the maxima come from there, and what is differentiated fetches them from here.
+        # On a CPU torch pools channels-last images four times faster, but the backward pass takes longer in that
+        # layout. So the maxima are located in channels-last images, and gathered from the given ones if derivatives are
+        # needed.
         last = x.detach().contiguous(memory_format=torch.channels_last)
         y, places = torch.ops.aten.max_pool2d_with_indices(last, *map(_pair, (kernel, stride, padding, 1)), ceil_mode)
         if not is_transformed(x):
-            # Not y.contiguous(), which leaves images of one pixel with strides that make convolutions sum otherwise.
+            # Not y.contiguous(): it keeps the strides of one-pixel images, and convolutions then sum in another order.
             return y.clone(memory_format=torch.contiguous_format)
         return x.flatten(2).gather(2, places.contiguous().flatten(2)).view(places.shape)
 
@@ -545,7 +549,7 @@ def avg_pool(kernel: int, stride: int, padding: int = 0) -> Layer:
     Args:
         kernel: side of the window, pixels.
         stride: from one window to the next, pixels.
-        padding: zeros on each side, pixels, which count; at most half of the kernel.
+        padding: zeros on each side, pixels; they count in the mean. At most half of the kernel.
     """
     return stateless(lambda x: F.avg_pool2d(x, kernel, stride, padding))
 
@@ -560,6 +564,6 @@ channels_last = stateless(lambda x: rearrange(x, "b c h w -> b h w c"))
 channels_first = stateless(lambda x: rearrange(x, "b h w c -> b c h w"))
 """``(b, h, w, c) -> (b, c, h, w)``."""
 flatten = stateless(lambda x: rearrange(x, "b c h w -> b (c h w)"))
-"""All values of an image in one row: ``(b, c, h, w) -> (b, c h w)``."""
+"""All values of an image as one vector: ``(b, c, h, w) -> (b, c h w)``."""
 global_avg_pool = stateless(lambda x: reduce(x, "b c h w -> b c", "mean"))
 """The mean of each channel, ``(b, c, h, w) -> (b, c)`` (Lin et al. 2013, arXiv:1312.4400, section 3.2)."""

@@ -1,4 +1,4 @@
-"""Update rules that look at a parameter as a whole; see `purecnn.optimizers`."""
+"""Update rules that treat each parameter as a whole; see `purecnn.optimizers`."""
 
 import math
 import sys
@@ -33,11 +33,11 @@ def lars(
 
     Args:
         learning_rate: step size.
-        momentum: share of the former direction that is kept.
-        trust: how much of its norm a parameter may change in a step.
-        weight_decay: strength of the pull to zero.
-        decay: whether a parameter is pulled *and* its rate adapted, by its path; by default all are. With large batches
-            it is custom to leave out biases and normalisation. The ratio of the others is 1.
+        momentum: share of the previous direction that is kept.
+        trust: share of its norm by which a parameter may change in a step.
+        weight_decay: strength of the weight decay.
+        decay: whether the parameter at a path is decayed *and* its rate adapted; by default all are. With large
+            batches, biases and normalisation are usually left out. The ratio of those left out is 1.
         scale: as in `sgd`.
 
     Raises:
@@ -48,7 +48,7 @@ def lars(
 
     def ratio(param_norm: Tensor, grad_norm: Tensor) -> Tensor:
         used = (param_norm > 0) & (grad_norm > 0)
-        # The denominator is replaced as well: the derivative of 0 / 0 would be no number, whether it is used or not.
+        # The denominator is replaced as well: the derivative of 0 / 0 would be NaN, whether it is used or not.
         norm = torch.where(used, grad_norm + weight_decay * param_norm, 1.0)
         return torch.where(used, trust * param_norm / norm, 1.0)
 
@@ -92,8 +92,8 @@ def lamb(
 
     Args:
         learning_rate: step size.
-        beta1: memory of the gradient's mean.
-        beta2: memory of its square.
+        beta1: decay rate of the gradient's running mean.
+        beta2: decay rate of the running mean of its square.
         eps: keeps the division finite.
         weight_decay, decay, scale: as in `lars`.
 
@@ -125,9 +125,9 @@ def lamb(
         torch._foreach_mul_(squares, beta2)
         torch._foreach_addcmul_(squares, grads, grads, value=1 - beta2)
         roots = torch._foreach_sqrt(squares)
-        # The first correction waits until the division, to be spared an operation on all numbers.
+        # The first bias correction is applied in the division, which saves a pass over all elements.
         torch._foreach_mul_(roots, (1 - beta1 ** step.time.double()) / torch.sqrt(1 - beta2 ** step.time.double()))
-        # By its full name: torch would take the scalar for a number, and fetch it from a GPU.
+        # The full operator name: otherwise torch takes the scalar tensor for a number and fetches it from the GPU.
         torch.ops.aten._foreach_add_.Tensor(roots, eps * (1 - beta1 ** step.time.double()))
         directions = list(torch._foreach_div(means, roots))
         if step.decay:
@@ -151,28 +151,28 @@ def muon(
     hidden: Callable[[str], bool] | None = None,
     others: Optimizer | None = None,
 ) -> Optimizer:
-    """Momentum made orthogonal, for matrices and kernels (Jordan et al., 2024), ``torch.optim.Muon``.
+    """Orthogonalised momentum for matrices and convolution kernels (Jordan et al., 2024), ``torch.optim.Muon``.
 
-    ``m = momentum * m + (1 - momentum) * grad``, with Nesterov's momentum once more for the direction; ``param -=
-    learning_rate * (ratio * U @ V.T + weight_decay * param)`` where ``U @ S @ V.T`` is the direction's singular value
-    decomposition. A kernel is the matrix (out, in * height * width). The product comes from five Newton-Schulz
-    iterations in bfloat16, which bring the singular values to between about 0.7 and 1.2
-    (https://kellerjordan.github.io/posts/muon/).
+    ``m = momentum * m + (1 - momentum) * grad``; the direction is ``m``, or with Nesterov's momentum
+    ``momentum * m + (1 - momentum) * grad``; ``param -= learning_rate * (ratio * U @ V.T + weight_decay * param)``
+    where ``U @ S @ V.T`` is the direction's singular value decomposition. A kernel counts as the matrix
+    (out, in * height * width). ``U @ V.T`` is approximated by five Newton-Schulz iterations in bfloat16, which bring
+    the singular values to between about 0.7 and 1.2 (https://kellerjordan.github.io/posts/muon/).
 
     Args:
         learning_rate: step size.
-        momentum: memory of the gradient's mean.
-        nesterov: look ahead.
-        adjust: the ratio, for an (m, n) matrix. ``"match_rms_adamw"``: ``0.2 * sqrt(max(m, n))``, with which one
-            learning rate and decay serve here and for AdamW (Liu et al., arXiv:2502.16982, section 2.2);
+        momentum: decay rate of the gradient's running mean.
+        nesterov: use Nesterov's momentum.
+        adjust: the ratio, for an (m, n) matrix. ``"match_rms_adamw"``: ``0.2 * sqrt(max(m, n))``, with which the same
+            learning rate and decay suit both Muon and AdamW (Liu et al., arXiv:2502.16982, section 2.2);
             ``"original"``: ``sqrt(max(1, m / n))``.
         weight_decay, decay, scale: as in `sgd`.
-        hidden: which of the matrices and kernels are made orthogonal, by their paths; by default all. Jordan leaves out
-            the first layer and the head.
+        hidden: which of the matrices and kernels are orthogonalised, by path; by default all. Jordan leaves out the
+            first layer and the head.
         others: for all other parameters; by default `adamw` with the same learning rate, decay and scale.
 
     Raises:
-        ValueError: if a number is out of range, or ``adjust`` is neither.
+        ValueError: if a number is out of range, or ``adjust`` is neither of these.
 
     >>> optimizer = muon(1e-3, hidden=lambda path: path.startswith("stage"))
     >>> params = {"stage1": {"weight": torch.ones(4, 2, 3, 3), "bias": torch.ones(4)}, "head": torch.ones(5, 4)}
@@ -212,7 +212,7 @@ def muon(
 
 
 def _orthogonal(matrix: Tensor) -> Tensor:
-    """About ``U @ V.T`` where the matrix is ``U @ S @ V.T``; in bfloat16."""
+    """Approximately ``U @ V.T`` where the matrix is ``U @ S @ V.T``; in bfloat16."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.bfloat16()
@@ -231,7 +231,7 @@ def _adapted(
     decay: Callable[[str], bool] | None,
     scale: Callable[[str], float] | None,
 ) -> Optimizer:
-    """An optimizer of a rule which has the strength of the decay itself, and for which 1 and 0 mark who is adapted."""
+    """An optimizer of a rule that knows its weight decay; `Step.decay` is 1 for adapted parameters, else 0."""
     if weight_decay < 0:
         raise ValueError(f"weight_decay must not be negative, found {weight_decay}")
     return rule.optimizer(of._replace(kernel=blockwise(of.kernel, sys.maxsize)), learning_rate, 1.0, decay, scale)

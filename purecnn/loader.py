@@ -1,6 +1,6 @@
-"""Batches of pictures, whose order and variation come from a key alone.
+"""Batches of pictures, whose order and augmentation depend only on a key.
 
-Reading in many processes is torch's work (``torch.utils.data``). All public names are those of `purecnn.data`.
+torch (``torch.utils.data``) reads them in several processes. Import the public names from `purecnn.data`.
 """
 
 import os
@@ -20,11 +20,11 @@ from purecnn import random
 from purecnn.preprocessing import DataError, Preprocessing
 
 Transform = Callable[[Any], Tensor]
-"""From a picture, a PIL image, to a tensor (channels, height, width)."""
+"""A function from a PIL image to a tensor (channels, height, width)."""
 
 
 class Examples(Protocol):
-    """One split of a data set: pictures with the index of their class, by position."""
+    """One split of a data set: a sequence of pictures, each with the index of its class."""
 
     def __len__(self) -> int: ...
 
@@ -32,7 +32,7 @@ class Examples(Protocol):
 
 
 Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""From images and labels of a batch to mixed images and shares of the classes: ``v2.MixUp``, ``v2.CutMix``."""
+"""A function from a batch's images and labels to mixed images and class probabilities: ``v2.MixUp``, ``v2.CutMix``."""
 
 
 def batches(
@@ -46,30 +46,32 @@ def batches(
     mix: Mix | None = None,
     part: tuple[int, int] = (0, 1),
 ) -> "Batches":
-    """Batches of pictures, once through ``examples``.
+    """One pass through a data set in batches, shuffled if there is a key.
 
-    With a key the order is shuffled, and what ``transform`` draws for a picture depends on the key and the
-    picture's index alone: not on ``workers`` or ``batch_size``, nor on torch's global generator, which is
-    left as it was, nor on threads that go through other batches. Going through the same object twice gives the
-    same batches: give every epoch its own key.
-    Without a key the order is that of ``examples``, for transforms that draw nothing.
+    With a key, what ``transform`` draws for a picture depends only on the key and the picture's index: not on
+    ``workers`` or ``batch_size``, not on torch's global generator (which is restored), and not on threads that
+    iterate over other batches. Iterating over the same object twice gives the same batches, so give every epoch
+    its own key. Without a key the order is that of ``examples``; use transforms that draw nothing.
 
     Args:
-        examples: one split of a :class:`DataSet`, or anything alike.
-        transform: from a PIL image to a tensor (channels, height, width), the same shape for every picture.
-        batch_size: the last batch may be smaller, unless ``drop_last`` leaves it out.
-        workers: processes that prepare batches in advance; 0 prepares them in this one, when asked for.
+        examples: one split of a :class:`DataSet`, or a similar sequence.
+        transform: from a PIL image to a tensor (channels, height, width), of the same shape for every picture.
+        batch_size: pictures per batch; the last batch may be smaller.
+        key: key of the order and of the random augmentation.
+        workers: processes that prepare batches in advance; 0 prepares each batch in this process, on demand.
+        drop_last: leave out a last batch that is smaller than the others.
         mix: mixes each batch's images; its draws depend on the key and the batch's number.
-        part: ``(i, n)`` gives every n-th picture of each batch, from the i-th on, to the i-th of n processes. A batch
-            of fewer pictures than processes is given to all if there is a key, since training steps are made together.
+        part: ``(i, n)`` gives every n-th picture of each batch, starting at the i-th, to the i-th of n processes. With
+            a key, every process gets the whole of a batch with fewer than n pictures, since all processes must take
+            part in a training step.
 
     Returns:
-        An iterable with a ``len``, of images (batch, channels, height, width) and labels (batch,) int64; with
-        ``mix``, of shares (batch, classes).
+        An iterable with a ``len``, of pairs of images (batch, channels, height, width) and labels (batch,) int64; with
+        ``mix``, the labels are class probabilities (batch, classes).
 
     Raises:
-        DataError: when there would be no batch at all, or (while iterating, and from a worker too) when a
-            picture cannot be read, naming its file.
+        DataError: if there would be no batch; while iterating, also from a worker, if a picture cannot be read, naming
+            its file.
 
     Example::
 
@@ -79,14 +81,14 @@ def batches(
     if workers < 0:
         raise DataError(f"workers must be at least 0, not {workers}")
     if mix is not None and key is None:
-        raise DataError("to mix pictures is to draw: it needs a key")
+        raise DataError("mix draws random numbers: it needs a key")
     order = _Order(len(examples), batch_size, key, drop_last, part)
     return Batches(examples, transform, order, workers, mix)
 
 
 @dataclass(frozen=True, eq=False)
 class _Order:
-    """Which pictures are in which batch."""
+    """The assignment of pictures to batches."""
 
     count: int
     batch_size: int
@@ -94,7 +96,7 @@ class _Order:
     drop_last: bool
     part: tuple[int, int]
     first: int = 0
-    """Batches to leave out at the beginning."""
+    """The number of batches to leave out at the beginning."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -113,14 +115,14 @@ class _Order:
         begins = range(self.first * self.batch_size, self.count, self.batch_size)
         whole = [order[begin : begin + self.batch_size] for begin in begins][: len(self)]
         index, parts = self.part
-        if self.key is None:  # to evaluate: each picture once, and nobody waits for a batch
+        if self.key is None:  # for evaluation: each picture once; no process waits for another
             return [group[index::parts] for group in whole if group[index::parts]]
         return [group[index::parts] if len(group) >= parts else group for group in whole]
 
 
 @dataclass(frozen=True, eq=False)
 class Batches:
-    """What :func:`batches` returns."""
+    """The batches that :func:`batches` returns: iterate over them."""
 
     examples: Examples
     transform: Transform
@@ -132,7 +134,7 @@ class Batches:
         return len(self.order)
 
     def skip(self, count: int) -> "Batches":
-        """The same without its first ``count`` batches, whose pictures are not read."""
+        """The same batches without the first ``count``, whose pictures are not read."""
         return replace(self, order=replace(self.order, first=self.order.first + count))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -146,7 +148,7 @@ class Batches:
             batch_sampler=self.order.groups(),
             num_workers=self.workers,
             collate_fn=_collate,
-            generator=torch.Generator(),  # else a loader draws from the global generator
+            generator=torch.Generator(),  # without it, the loader draws from the global generator
         )
         started = _apart(lambda: iter(loader)) if self.workers else iter(loader)
         for number, batch in enumerate(started, self.order.first):
@@ -162,10 +164,10 @@ _Result = TypeVar("_Result")
 
 
 def _apart(start: Callable[[], _Result]) -> _Result:
-    """What starts processes, run by a thread that belongs to no pool.
+    """Run a function that starts processes, in a thread that belongs to no pool.
 
-    A process that a thread of a ThreadPoolExecutor forks fails at its end: Python has it wait for all threads of pools,
-    its own among them. torch then raises in the main thread, wherever that is.
+    A process that was forked by a thread of a ThreadPoolExecutor fails when it ends, because Python makes it wait for
+    all pool threads, including its own. torch then raises an error in the main thread, whatever that is doing.
     """
     if threading.current_thread() is threading.main_thread():
         return start()
@@ -183,12 +185,12 @@ def _apart(start: Callable[[], _Result]) -> _Result:
 
 
 _STARTING = threading.Lock()
-"""Held by who starts processes from a thread: filelock, which torch brings along, lets two of them not fork at once."""
+"""Held while a thread starts processes: filelock, a dependency of torch, does not let two threads fork at once."""
 
 
 _GENERATOR = threading.RLock()
-"""Held by the thread that draws from torch's global generator: torchvision's transforms know no other."""
-if hasattr(os, "register_at_fork"):  # a worker's process must not begin with a lock that no thread of its own holds
+"""Held by the thread that draws from torch's global generator, the only one that torchvision's transforms can use."""
+if hasattr(os, "register_at_fork"):  # a worker process must not start with a lock that none of its threads holds
     os.register_at_fork(
         before=_GENERATOR.acquire, after_in_parent=_GENERATOR.release, after_in_child=_GENERATOR.release
     )
@@ -196,7 +198,7 @@ if hasattr(os, "register_at_fork"):  # a worker's process must not begin with a 
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """torch's global generator, begun anew from a seed, and afterwards as it was."""
+    """Seed torch's global generator, and restore its state afterwards."""
     with _GENERATOR:
         before = torch.get_rng_state()
         # not torch.manual_seed, which seeds accelerators as well and is ten times slower
@@ -215,21 +217,21 @@ def resident(
     device: torch.device | str = "cpu",
     as_bytes: bool = True,
 ) -> "Resident":
-    """All pictures in memory, on a device: for small data sets, whose reading would take longer than the training.
+    """Keep all pictures in memory, on a device: for small data sets, which take longer to read than to train on.
 
-    They are scaled and cropped as ``preprocessing`` says. To train on, they are kept as bytes: `purecnn.augment` works
-    on whole batches, inside of the training step, and its `purecnn.augment.normalize` takes the mean and deviation. To
-    evaluate on, they are kept as the network reads them: ``as_bytes=False``.
+    They are scaled and cropped as ``preprocessing`` says. For training, keep them as bytes: `purecnn.augment` works on
+    whole batches inside the training step, and `purecnn.augment.normalize` applies the mean and deviation. For
+    evaluation, keep them as the network reads them: ``as_bytes=False``.
 
     Args:
         examples: one split of a :class:`DataSet`.
-        batch_size: the last batch may be smaller.
-        preprocessing: of the pictures.
+        batch_size: pictures per batch; the last batch may be smaller.
+        preprocessing: how to prepare the pictures.
         device: where to keep them.
-        as_bytes: as uint8, or normalised, as float32.
+        as_bytes: keep them as uint8; otherwise normalised, as float32.
 
     Raises:
-        DataError: when there would be no batch at all, or a picture cannot be read, naming its file.
+        DataError: if there would be no batch, or a picture cannot be read, naming its file.
     """
     order = _Order(len(examples), batch_size, None, False, (0, 1))
     keep = preprocessing.bytes() if as_bytes else preprocessing.evaluation()
@@ -240,7 +242,7 @@ def resident(
 
 @dataclass(frozen=True, eq=False)
 class Resident:
-    """What :func:`resident` returns: batches of images (batch, channels, height, width) and labels (batch,)."""
+    """The batches that :func:`resident` returns: images (batch, channels, height, width) and labels (batch,)."""
 
     images: Tensor
     labels: Tensor
@@ -250,21 +252,21 @@ class Resident:
         return len(self.order)
 
     def skip(self, count: int) -> "Resident":
-        """The same without its first ``count`` batches."""
+        """The same batches without the first ``count``."""
         return replace(self, order=replace(self.order, first=self.order.first + count))
 
     def shuffled(self, key: Tensor, *, part: tuple[int, int] = (0, 1)) -> "Resident":
-        """In a key's order; ``part`` as in :func:`batches`.
+        """The same pictures in an order that depends on a key; ``part`` is as in :func:`batches`.
 
         Args:
-            key: of the order; give every epoch its own.
-            part: this process's, and of how many.
+            key: key of the order; give every epoch its own.
+            part: ``(i, n)``, for the i-th of n processes.
         """
         return replace(self, order=replace(self.order, key=key, part=part))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         groups = self.order.groups()
-        # All at once: to bring each group to a GPU would be to wait for the step before.
+        # All indices at once: copying each group to a GPU would wait for the previous step.
         order = torch.tensor([i for group in groups for i in group], dtype=torch.int64, device=self.labels.device)
         for chosen in torch.split(order, [len(group) for group in groups]):
             yield self.images[chosen], self.labels[chosen]
@@ -272,7 +274,7 @@ class Resident:
 
 @dataclass(frozen=True)
 class _Prepared(Dataset[tuple[Tensor, int] | DataError]):
-    """Examples, transformed. An error is a value: a worker's exception would arrive as a traceback."""
+    """Transformed examples. Errors are returned as values: a worker's exception would arrive as a traceback."""
 
     examples: Examples
     transform: Transform

@@ -1,11 +1,12 @@
-"""Learning to learn: MAML, learned learning rates, and training that can be differentiated.
+"""Learning to learn: MAML, learned learning rates, and differentiable training.
 
     loss = classification_loss(model, state)
     adapted = adapt(loss, params, (images, labels), learning_rate=0.1, steps=5)
     value = maml_loss(loss, params, tasks, learning_rate=0.1, steps=5)        # to be differentiated
 
-A *loss* is any function ``(params, batch) -> scalar``. All here are functions of trees, so ``torch.func.grad`` goes
-through the steps they make: to the initial parameters, to learning rates, to whatever else the loss depends on.
+A *loss* is any function ``(params, batch) -> scalar``. All functions here are functions of trees, so
+``torch.func.grad`` differentiates through the steps they make: with respect to the initial parameters, to learning
+rates, and to anything else that the loss depends on.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -26,16 +27,17 @@ __all__ = ["Loss", "Rates", "Tasks", "adapt", "classification_loss", "learned_ra
 Loss: TypeAlias = Callable[[Tree, Any], Tensor]
 """``loss(params, batch) -> scalar``."""
 Rates: TypeAlias = float | Tensor | Mapping[str, Any]
-"""A learning rate for all parameters, or a tree with one for each: a scalar, or a tensor that broadcasts to it."""
+"""One learning rate for all parameters, or a tree with one for each leaf: a scalar, or a tensor that broadcasts to the
+leaf."""
 
 
 class Tasks(NamedTuple):
-    """Learning problems side by side: every tensor of both batches has the tasks as its first axis."""
+    """Several learning problems: every tensor of both batches has the tasks as its first axis."""
 
     support: Any
-    """The examples to adapt to, a batch of whatever the loss takes."""
+    """The examples to adapt to, a batch as the loss takes it."""
     query: Any
-    """The examples to be judged by."""
+    """The examples to evaluate the adapted parameters on."""
 
 
 def classification_loss(
@@ -49,7 +51,7 @@ def classification_loss(
         model: the network.
         state: its running statistics.
         statistics: what batch normalisation uses. ``"batch"`` is transductive, as in the experiments of the MAML
-            paper: images are judged together and share statistics. ``"running"`` are ``state``, frozen.
+            paper: the images of a batch share statistics. ``"running"`` uses those of ``state``, which do not change.
     """
     criterion = model.loss or F.cross_entropy
 
@@ -69,11 +71,11 @@ def adapt(
     Args:
         loss: what to descend.
         params: the parameters to start from.
-        batch: handed to the loss in each step.
+        batch: passed to the loss in each step.
         learning_rate: one for all, or a tree of them.
         steps: number of steps.
-        first_order: take the gradients as if they did not depend on the parameters. To the derivative of what comes
-            out, the steps are then shifts, and no second derivatives are needed.
+        first_order: treat the gradients as if they did not depend on the parameters. When the result is
+            differentiated, each step then counts as a constant shift, and no second derivatives are needed.
 
     >>> def loss(params, batch):
     ...     return (params["w"] - batch) ** 2 / 2
@@ -92,15 +94,15 @@ def adapt(
 def maml_loss(
     loss: Loss, params: Tree, tasks: Tasks, learning_rate: Rates, *, steps: int = 1, first_order: bool = False
 ) -> Tensor:
-    """What MAML descends: the mean over tasks of the query's loss after `adapt` to the support.
+    """The objective of MAML: the mean over tasks of the query's loss after `adapt` to the support.
 
     Finn et al. 2017, arXiv:1703.03400, algorithms 1 and 2; ``first_order`` is section 5.2. Its gradient with respect
-    to a tree of learning rates (`learned_rates`) is Meta-SGD's, Li et al. 2017, arXiv:1707.09835.
+    to a tree of learning rates (`learned_rates`) is that of Meta-SGD, Li et al. 2017, arXiv:1707.09835.
 
     Args:
         loss, learning_rate, steps, first_order: see `adapt`.
         params: the parameters that every task starts from.
-        tasks: the tasks, mapped over with ``vmap``.
+        tasks: the tasks, which ``vmap`` maps over.
 
     >>> def loss(params, batch):
     ...     return ((params["w"] - batch) ** 2).mean() / 2
@@ -116,7 +118,7 @@ def maml_loss(
 
 
 def learned_rates(params: Tree, value: float, *, per: Literal["leaf", "parameter"] = "leaf") -> Tree:
-    """Learning rates to start learning from: a tree of tensors filled with ``value``.
+    """Initial values for learned learning rates: a tree of tensors filled with ``value``.
 
     Args:
         params: the parameters.
@@ -125,7 +127,7 @@ def learned_rates(params: Tree, value: float, *, per: Literal["leaf", "parameter
             ``"parameter"``, as in Meta-SGD.
 
     Raises:
-        ValueError: if ``per`` is neither.
+        ValueError: if ``per`` is neither of these.
 
     >>> learned_rates({"head": {"weight": torch.ones(2, 3)}}, 0.5)
     {'head': {'weight': tensor(0.5000)}}
@@ -146,16 +148,16 @@ def unroll(
 ) -> tuple[Tree, Tree]:
     """Parameters and optimizer state after one step for each batch; differentiable.
 
-    The derivative of a validation loss of the parameters that come out, with respect to the learning rate, to the
-    data or to weights of the data, goes backwards through all steps (Maclaurin et al. 2015, arXiv:1502.03492, though
-    all steps are kept in memory here).
+    The derivative of the resulting parameters' validation loss, with respect to the learning rate, to the data or to
+    weights of the data, goes backwards through all steps (Maclaurin et al. 2015, arXiv:1502.03492; unlike theirs, this
+    keeps all steps in memory).
 
     Args:
         loss: what to descend.
         optimizer: the update rule.
         params: the parameters to start from.
         batches: one for each step.
-        opt_state: to go on from; by default the optimizer's first.
+        opt_state: the state to continue from; by default the optimizer's initial one.
         learning_rate: in place of the optimizer's own.
 
     >>> from purecnn.optimizers import sgd

@@ -1,4 +1,4 @@
-"""Models: a named layer that knows the images it takes, and the table they are created from."""
+"""Models: a network together with its name, its settings and its kind of images; and the table to create them from."""
 
 import bisect
 import difflib
@@ -21,33 +21,33 @@ from purecnn.tree import Tree
 from purecnn.zoo import VARIANTS
 
 
-@dataclass(frozen=True, eq=False)  # functions cannot be compared: a model equals itself
+@dataclass(frozen=True, eq=False)  # functions cannot be compared, so a model equals only itself
 class Model:
     """A convolutional network as two pure functions, `init` and `apply`.
 
-    Both are subject to ``torch.func``, ``torch.compile`` and ``torch.export`` as they are:
-    ``vmap(model.init)(random.split(key, n))`` makes an ensemble, ``vmap(model.apply, in_dims=(0, 0, None))``
+    Both work with ``torch.func``, ``torch.compile`` and ``torch.export`` without changes:
+    ``vmap(model.init)(random.split(key, n))`` makes an ensemble, and ``vmap(model.apply, in_dims=(0, 0, None))``
     runs it.
     """
 
     name: str
     layer: Layer
     settings: Mapping[str, Any]
-    """What it was built with, JSON-able. Of a model that `create` built these are all settings, and
-    ``create(model.name, **model.settings)`` builds it again; of one by `Model.of`, ``num_classes`` alone."""
+    """What it was built with, JSON-able. For a model that `create` built, these are all settings, and
+    ``create(model.name, **model.settings)`` builds it again; for one made by `Model.of`, only ``num_classes``."""
     paper: Paper
     in_channels: int
     image_size: int
-    """Side, in pixels, of the images that the shapes of the parameters are worked out for."""
+    """Side, in pixels, of the images that the shapes of the parameters are computed for."""
     norm: Literal["batch", "group"] = "batch"
-    """What stands where the paper has batch normalisation: see `create`."""
+    """The normalisation used where the paper has batch normalisation: see `create`."""
     loss: Loss | None = None
-    """The paper's own loss, where that is not cross-entropy."""
+    """The paper's own loss, if it is not cross-entropy."""
     probabilities: Callable[[Tensor], Tensor] = softmax
-    """Reads outputs as probabilities, both (batch, classes): the softmax of logits, unless the paper means its outputs
-    otherwise; then they need not sum to one."""
+    """Converts outputs to probabilities, both (batch, classes): the softmax, unless the paper's outputs are not logits;
+    then the probabilities need not sum to one."""
     pixels: tuple[float, float] | None = None
-    """What black and white are for this network, where its paper says so."""
+    """The values of black and white pixels for this network, if its paper states them."""
     built: Layer | None = field(default=None, repr=False)
     """The layer that `create` built."""
 
@@ -64,20 +64,21 @@ class Model:
         loss: Loss | None = None,
         probabilities: Callable[[Tensor], Tensor] = softmax,
     ) -> "Model":
-        """A model from a layer of one's own; it is not in the table, from which alone `create` and files build models.
+        """Make a model from your own layer; `create` and files cannot build it again, since it is not in the table.
 
         Args:
-            layer: from images ``(batch, in_channels, height, width)`` to logits ``(batch, num_classes)``, or `Outputs`.
-            num_classes: how many logits it gives for an image.
-            in_channels, image_size: of the images that the shapes of its parameters are worked out for.
+            layer: maps images ``(batch, in_channels, height, width)`` to logits ``(batch, num_classes)`` or `Outputs`.
+            num_classes: how many logits it returns for an image.
+            in_channels, image_size: channels and side of the images that the shapes of its parameters are computed for.
             norm: see `create`.
-            name: what errors call it.
-            loss: of outputs and labels; by default cross-entropy.
-            probabilities: how outputs are read as probabilities.
+            name: its name in errors.
+            loss: maps outputs and labels to a scalar; by default cross-entropy.
+            probabilities: converts outputs to probabilities.
 
         Raises:
-            ValueError: if it gives another number of logits (they may have further axes, as those of pixels do),
-                ``norm`` is neither, or a number of classes, channels or pixels is no positive whole number.
+            ValueError: if the layer returns another number of logits (which may have further axes, such as height and
+                width), ``norm`` is neither ``"batch"`` nor ``"group"``, or a number of classes, channels or pixels is
+                not a positive integer.
 
         >>> import purecnn
         >>> from purecnn.layers import conv, global_avg_pool, linear, relu
@@ -95,15 +96,18 @@ class Model:
         return model
 
     def __copy__(self) -> "Model":
-        return self  # nothing of it changes
+        return self  # it is immutable
 
     def __deepcopy__(self, memo: Any) -> "Model":
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """For pickle: a model of the table is built again, since functions cannot be written."""
+        """For pickle: a model of the table is built again by name, since its functions cannot be pickled."""
         if not self.is_built:
-            raise TypeError(f"{self.name!r} has a layer of its own, which cannot be pickled: build it where it is used")
+            raise TypeError(
+                f"{self.name!r} has a layer that purecnn.create did not build, which cannot be pickled: build it where "
+                "it is used"
+            )
         again = create(self.name, **self.settings)
         names = {each.name for each in fields(self)} - {"layer", "built", "settings"}
         changed = {name: getattr(self, name) for name in names if getattr(self, name) != getattr(again, name)}
@@ -111,26 +115,26 @@ class Model:
 
     @property
     def is_built(self) -> bool:
-        """Whether it computes what `create` built: not one of `Model.of`, and neither folded nor otherwise changed."""
+        """Whether its layer is what `create` built: not made by `Model.of`, and not folded or otherwise changed."""
         return self.layer is self.built
 
     @property
     def num_classes(self) -> int:
-        """How many logits it gives for an image."""
+        """How many logits it returns for an image."""
         return int(self.settings["num_classes"])
 
     def init(self, key: Tensor, *, law: Law | Literal["paper"] | None = None) -> tuple[Tree, Tree]:
         """Draw parameters and running statistics, on the key's device.
 
         Args:
-            key: of the draws.
-            law: how to draw; by default as torchvision does, and as the paper where torchvision does not have the
-                network. ``"paper"`` is the paper's law wherever it states one. A function is asked for each tensor, as
-                ``law(path, shape)``, and answers with an initializer, a number, or None for the default.
+            key: the key that all draws are derived from.
+            law: how to draw. By default as torchvision does, or as the paper does if torchvision does not have the
+                network. ``"paper"`` draws as the paper states, where it does. A function is called for each parameter,
+                as ``law(path, shape)``, and returns an initializer, a number, or None for the default.
 
         Raises:
-            ValueError: if ``law`` is none of these, or the paper's and the model is not the table's.
-            RuntimeError: if images of the model's ``image_size`` are too small for it; says what it needs.
+            ValueError: if ``law`` is none of these, or is ``"paper"`` for a model that `create` did not build.
+            RuntimeError: if images of the model's ``image_size`` are too small for it; states the size that it needs.
 
         >>> import purecnn
         >>> params, state = purecnn.create("lenet5").init(purecnn.random.key(0))
@@ -141,8 +145,11 @@ class Model:
         tensor([0.5000, 0.5000])
         """
         if law == "paper":
-            if not self.is_built:
-                raise ValueError(f"{self.name!r} has a layer of its own and no paper: law is a function or None")
+            if self.built is None:
+                raise ValueError(
+                    f"{self.name!r} has a layer that purecnn.create did not build, so it has no paper: law is a "
+                    "function or None"
+                )
             law = find(self.name).paper_law
         if law is not None and not callable(law):
             raise ValueError(f"law is 'paper', a function law(path, shape) or None, found {law!r}")
@@ -173,12 +180,12 @@ class Model:
     def _check_size(
         self, error: RuntimeError, found: tuple[int, ...], run: Callable[[int], object], larger: Iterable[int]
     ) -> None:
-        """Raise an error that tells more than a layer's, if it is that the images are too small.
+        """If the images are too small, raise an error that says so and what size is needed.
 
         Args:
-            error: the layer's.
+            error: the error that a layer raised.
             found: height and width of the images.
-            run: the same with images of another size, on meta tensors.
+            run: runs the same with images of another size, on meta tensors.
             larger: sizes that may be large enough.
         """
 
@@ -203,11 +210,11 @@ class Model:
         raise clear from error
 
     def check(self, params: Tree, state: Tree) -> None:
-        """That trees have the names and shapes of this model's.
+        """Check that two trees have the names and shapes of this model's parameters and statistics.
 
         Raises:
-            TypeError: if they are no trees.
-            ValueError: that names what differs.
+            TypeError: if they are not trees.
+            ValueError: if they differ; names what differs.
 
         >>> import purecnn
         >>> params, state = purecnn.create("resnet34").spec()
@@ -217,7 +224,7 @@ class Model:
         """
         for what, meta, given in zip(("parameters", "statistics"), self.spec(), (params, state), strict=True):
             if not isinstance(given, Mapping):
-                raise TypeError(f"the {what} are nested dictionaries, found {type(given).__name__}")
+                raise TypeError(f"the {what} must be nested dictionaries, found {type(given).__name__}")
             if different := tree.differences(meta, given):
                 raise ValueError(f"the {what} are not those of {self.name}: {tree.some(different)}")
             if given.keys() != meta.keys():
@@ -243,24 +250,26 @@ class Model:
             state: its running statistics.
             x: images, ``(batch, channels, height, width)``.
             train: draw random numbers, and return `Outputs` if there are auxiliary heads.
-            key: of the random numbers; needed in training by networks with dropout.
-            statistics: what batch normalisation uses; by default the batch's in training and the running
-                ones in evaluation. ``train=True, statistics="running"`` trains with frozen statistics;
+            key: the key of the random numbers; networks with dropout need it in training.
+            statistics: the statistics that batch normalisation uses; by default the batch's in training and the
+                running ones in evaluation. ``train=True, statistics="running"`` trains with frozen statistics;
                 ``"global"`` are those of the batches of all processes together (`purecnn.distributed`).
-            tap: called as ``tap(path, input, output)`` when each named layer ends; its result replaces the
-                output. For looking inside, and for derivatives with respect to what flows there.
-            around: runs each layer that has parameters in its stead; see `purecnn.layer.Around`.
-            remat: for less memory, compute again in the backward pass what blocks have inside, instead of keeping it
+            tap: called as ``tap(path, input, output)`` after each named layer; its result replaces the output. It
+                serves to inspect activations, and to differentiate with respect to them.
+            around: called in place of each layer that has its own tensors; see `purecnn.layer.Around`.
+            remat: save memory: recompute the activations inside blocks in the backward pass, instead of keeping them
                 (`purecnn.remat`). Gradients stay the same.
 
         Returns:
             The logits ``(batch, classes)``, or `Outputs`; and the new running statistics.
 
         Raises:
-            ValueError: if ``x`` is not a batch of images with the model's channels, or settings do not go together.
-            RuntimeError: if the images are too small; says what is needed, and in a note in which layer it failed.
+            ValueError: if ``x`` is not a batch of images with the model's channels, or settings exclude each other.
+            RuntimeError: if the images are too small; states the size that is needed, and in a note the layer that
+                failed.
 
-        Whatever fails because the trees are not the model's, or of another type than the images, says so in a note.
+        If anything fails and the trees are not this model's, or have another dtype than the images, a note on the error
+        says so.
         """
         if x.ndim != 4 or x.shape[1] != self.in_channels:
             raise ValueError(
@@ -269,7 +278,7 @@ class Model:
         if statistics not in (None, "batch", "running", "global"):
             raise ValueError(f"statistics is 'batch', 'running', 'global' or None, found {statistics!r}")
         if remat and (around is not None or tap is not None):
-            raise ValueError("around and tap see each layer once; with remat they run again: use one of both")
+            raise ValueError("around and tap see each layer once, but remat runs layers twice: use one or the other")
         batch_statistics = train if statistics is None else statistics != "running"
         synchronized = statistics == "global"
         mode = Mode(train, batch_statistics, key, tap, None, self.norm, synchronized, around, remat)
@@ -290,7 +299,7 @@ class Model:
             raise
 
     def _note(self, error: Exception, params: Tree, state: Tree, x: Tensor) -> None:
-        """Note on an error that what went in does not fit, if so."""
+        """If the trees or images do not fit the model, add a note to the error that says so."""
         if torch.compiler.is_compiling() or not self.is_built:
             return
         try:
@@ -305,7 +314,7 @@ class Model:
         """The outputs of stem, stages and head in evaluation mode, by name.
 
         Args:
-            params, state: its trees.
+            params, state: the network's parameters and running statistics.
             x: images, ``(batch, channels, height, width)``.
 
         Raises:
@@ -333,19 +342,20 @@ def _again(name: str, settings: dict[str, Any], changed: dict[str, Any]) -> Mode
 
 
 def replace_head(model: Model, params: Tree, state: Tree, num_classes: int, key: Tensor) -> tuple[Model, Tree, Tree]:
-    """The network with freshly drawn heads for another number of classes; all else is kept.
+    """The network with newly drawn heads for another number of classes; all other parameters are kept.
 
     Args:
-        model: one of the table's, as `create` gives it.
-        params, state: its trees; they are not changed.
-        num_classes: of the new heads: ``head``, and auxiliary ones.
-        key: of their initial values.
+        model: a model as `create` returns it.
+        params, state: its parameters and running statistics; they are not changed.
+        num_classes: number of classes of the new heads: ``head``, and auxiliary ones.
+        key: key of their initial values.
 
     Returns:
-        The model of that many classes, its parameters and its running statistics; what is kept is not copied.
+        The model for that many classes, its parameters and its running statistics; what is kept is not copied.
 
     Raises:
-        ValueError: if the model is not the table's, so that it cannot be built again, or the trees are not the model's.
+        ValueError: if `create` did not build the model, so that it cannot be built again, or if the trees are not the
+            model's.
 
     >>> import purecnn
     >>> model = purecnn.create("squeezenet1_1")
@@ -355,7 +365,10 @@ def replace_head(model: Model, params: Tree, state: Tree, num_classes: int, key:
     torch.Size([2, 512, 1, 1])
     """
     if not model.is_built:
-        raise ValueError(f"{model.name!r} has a layer of its own: build it anew for {num_classes} classes")
+        raise ValueError(
+            f"{model.name!r} has a layer that purecnn.create did not build: build it again yourself for {num_classes} "
+            "classes"
+        )
     model.check(params, state)
     new = create(model.name, **{**model.settings, "num_classes": num_classes})
     new = replace(new, loss=model.loss, probabilities=model.probabilities)
@@ -370,7 +383,7 @@ def replace_head(model: Model, params: Tree, state: Tree, num_classes: int, key:
 
 
 class UnknownModelError(ValueError):
-    """There is no model of that name; the message has the nearest ones."""
+    """There is no model of that name; the message suggests the nearest names."""
 
 
 def create(
@@ -386,10 +399,10 @@ def create(
     Args:
         name: one of `list_models`.
         in_channels: channels of its images; by default the paper's.
-        image_size: side in pixels of its images, for networks whose parameters depend on it.
-        norm: ``"group"`` puts group normalisation (`purecnn.layers.group_norm`) where the network has batch
-            normalisation: for gradients of single images, privacy, and batches of one. The tree keeps its names.
-        settings: the family's own, such as ``num_classes`` and ``dropout``; see its module in `purecnn.zoo`.
+        image_size: side of its images in pixels, for networks whose parameters depend on it; by default the paper's.
+        norm: ``"group"`` replaces batch normalisation by group normalisation (`purecnn.layers.group_norm`), as
+            per-sample gradients, privacy and batches of one image need. The parameters keep their names.
+        settings: settings of the family, such as ``num_classes`` and ``dropout``; see its module in `purecnn.zoo`.
 
     >>> create("resnet18", num_classes=10).settings["num_classes"]
     10
@@ -399,7 +412,8 @@ def create(
     Raises:
         UnknownModelError: if there is no such model.
         TypeError: if the family has no such setting.
-        ValueError: if ``norm`` is neither, or a number of classes, channels or pixels is no positive whole number.
+        ValueError: if ``norm`` is neither ``"batch"`` nor ``"group"``, or a number of classes, channels or pixels is
+            not a positive integer.
     """
     variant = find(name)
     try:
@@ -410,7 +424,7 @@ def create(
     bound.apply_defaults()
     in_channels = variant.in_channels if in_channels is None else in_channels
     image_size = variant.image_size if image_size is None else image_size
-    # As tuples, also what comes out of a file.
+    # Lists become tuples: settings read from a file have lists.
     own = {setting: _fixed(value) for setting, value in bound.arguments.items()}
     classes, in_channels, image_size = _counts(name, own["num_classes"], in_channels, image_size, norm)
     own["num_classes"] = classes
@@ -432,7 +446,7 @@ def create(
 
 
 def _counts(name: str, num_classes: Any, in_channels: Any, image_size: Any, norm: str) -> tuple[int, int, int]:
-    """Positive whole numbers, NumPy's as well."""
+    """Check that these are positive integers (NumPy's are accepted), and that ``norm`` is valid."""
     if norm not in ("batch", "group"):
         raise ValueError(f"norm is 'batch' or 'group', found {norm!r}")
 
@@ -453,11 +467,11 @@ def _fixed(value: Any) -> Any:
 
 
 _ALSO_CALLED = {"inception_v1": "googlenet", "inception_v2": "bn_inception", "lenet": "lenet5"}
-"""For the error alone: a model has one name."""
+"""Only for the hint in the error: these names do not create models."""
 
 
 def find(name: str) -> Variant:
-    """The table's row of a model.
+    """The row of a model in the table.
 
     Raises:
         UnknownModelError: if there is no such model.
@@ -471,7 +485,7 @@ def find(name: str) -> Variant:
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """The names of all models that match a shell-style pattern, in the order of their history.
+    """The names of all models that match a shell-style pattern, in historical order.
 
     >>> list_models("vgg1?")
     ['vgg11', 'vgg13', 'vgg16', 'vgg19']

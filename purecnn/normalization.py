@@ -1,10 +1,10 @@
-"""Batch normalisation under ``torch.func``: right in derivatives of all orders, and for many members in one pass.
+"""Batch normalisation under ``torch.func``: correct in derivatives of all orders, and in one pass for many members.
 
-Torch's own third derivatives are wrong, and so are its derivatives of forward derivatives and its Hessians: there the
-batch's mean and variance count as constants (https://github.com/pytorch/pytorch/issues/186256 and 196699). So where
-derivatives are nested, the formula is written out. Torch's ``vmap`` rule is right, but it normalises first, multiplies
-and adds in passes of their own, and finds the normalised images again in the backward pass. Where images are large, a
-CPU gains by members' channels side by side (``docs/ensembles.md``).
+Torch's own third derivatives are wrong, and so are its derivatives of forward derivatives and its Hessians: they treat
+the batch's mean and variance as constants (https://github.com/pytorch/pytorch/issues/186256 and 196699). So if
+derivatives are nested, the formula is written out. Torch's ``vmap`` rule is correct, but it normalises, multiplies and
+adds in separate passes, and recomputes the normalised images in the backward pass. If images are large, a CPU is faster
+with the members' channels side by side in one tensor (``docs/ensembles.md``).
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ from purecnn.eager import derivatives
 __all__ = ["batch_normalize"]
 
 MANY = 1 << 19
-"""Numbers of all members' images from which on fewer passes are worth 1.4 ms of Python."""
+"""If all members' images together have at least this many elements, fewer passes are worth 1.4 ms of Python."""
 
 
 def batch_normalize(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,7 +34,8 @@ def batch_normalize(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tupl
         The normalised images; and the mean and ``1 / sqrt(variance + eps)`` of each channel, constants for derivatives.
     """
     images = x if x.ndim == 4 else x[..., None, None]
-    # The compiler makes passes of its own, and knows no rules but torch's. There are none for two nested directions.
+    # The compiler fuses passes by itself, and only supports torch's own rules. A forward derivative needs a jvp, which
+    # _Normalize does not have.
     plain = torch.compiler.is_compiling() or derivatives().forward or not x.is_cpu or _size(x) < MANY
     if derivatives().nested:
         normal, deviation = _normal(images, eps)
@@ -47,7 +48,7 @@ def batch_normalize(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tupl
 
 
 def _size(x: Tensor) -> int:
-    """How many numbers all members have together."""
+    """The number of elements of all members together."""
     while _functorch.is_functorch_wrapped_tensor(x):
         x = _functorch.get_unwrapped(x)
     return x.numel()
@@ -62,19 +63,19 @@ def _mean(x: Tensor) -> Tensor:
 
 
 def _normal(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Images of mean 0 and variance 1, and what they were multiplied by, as functions that can be differentiated."""
+    """Images with mean 0 and variance 1, and the inverse deviation they were multiplied by, both differentiable."""
     centred = x - _mean(x)
     inverse = (_mean(centred.square()) + eps).rsqrt()
     return centred * inverse, inverse
 
 
 def _moved(normal: Tensor, inverse: Tensor, direction: Tensor) -> Tensor:
-    """How normalised images move with the images; the map is its own adjoint."""
+    """The derivative of the normalised images in a direction of the images; this linear map is its own adjoint."""
     return inverse * (direction - _mean(direction) - normal * _mean(normal * direction))
 
 
 def _side_by_side(batch_size: int, dims: tuple[int | None, ...], tensors: tuple[Tensor, ...]) -> list[Tensor]:
-    """All members' channels in one tensor: of images ``(b, members * c, h, w)``, of others ``(members * c,)``."""
+    """All members' channels in one tensor: images as ``(b, members * c, h, w)``, vectors as ``(members * c,)``."""
     folded = []
     for dim, tensor in zip(dims, tensors, strict=True):
         axis = 0 if tensor.ndim - (dim is not None) == 1 else 1
@@ -88,14 +89,14 @@ def _side_by_side(batch_size: int, dims: tuple[int | None, ...], tensors: tuple[
 
 
 def _apart(members: int, tensors: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """What came out, with an axis of members, and where that is."""
+    """The outputs with a separate axis of members, and the position of that axis in each."""
     patterns = ("(m c) -> m c" if tensor.ndim == 1 else "b (m c) h w -> b m c h w" for tensor in tensors)
     apart = tuple(rearrange(tensor, pattern, m=members) for tensor, pattern in zip(tensors, patterns, strict=True))
     return apart, tuple(0 if tensor.ndim == 1 else 1 for tensor in tensors)
 
 
 class _Normalize(torch.autograd.Function):
-    """``weight * normal(x) + bias``, the mean and the inverse deviation."""
+    """Returns ``weight * normal(x) + bias``, the mean and the inverse deviation."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,10 +122,10 @@ class _Normalize(torch.autograd.Function):
 
 
 class _Gradients(torch.autograd.Function):
-    """The gradients of images, weight and bias from that of the output, ``g``.
+    """The gradients of images, weight and bias from ``g``, the gradient of the output.
 
     ``(weight * inverse * (g - mean(g) - normal * mean(g * normal)), sum(g * normal), sum(g))``. Mean and inverse
-    deviation are given, to be spared; derivatives take them for the functions of ``x`` that they are.
+    deviation are passed in to save computing them again; derivatives still treat them as functions of ``x``.
     """
 
     @staticmethod
@@ -147,7 +148,8 @@ class _Gradients(torch.autograd.Function):
         u, of_weight, of_bias = cotangents
         normal, inverse = _normal(x, ctx.eps)
         weight, of_weight, of_bias = map(_broad, (weight, of_weight, of_bias))
-        # The scalar product of cotangents and gradients, as a function of g, weight, and x through both of these.
+        # Derivatives of the scalar product of cotangents and gradients, by g, by weight, and by x through both normal
+        # and inverse.
         by_inverse = _mean(u * g) - _mean(u) * _mean(g) - _mean(u * normal) * _mean(g * normal)
         by_normal = of_weight * g - weight * inverse * (_mean(g * normal) * u + _mean(u * normal) * g)
         by_g = weight * _moved(normal, inverse, u) + of_weight * normal + of_bias

@@ -1,11 +1,11 @@
-"""What an optimizer is, and how optimizers are made of others.
+"""The interface of optimizers, and functions that make optimizers from others.
 
     optimizer = clipped(sgd(0.1, momentum=0.9), 1.0)
     opt_state = optimizer.init(params)
     params, opt_state = optimizer.update(grads, opt_state, params)
 
-`Optimizer.update` leaves its inputs alone, unless the caller *donates* them: with ``donate=True`` the buffers of
-``params`` and ``opt_state`` become those of the results, as ``jax.jit``'s ``donate_argnums`` does it.
+`Optimizer.update` does not change its inputs, unless the caller *donates* them: with ``donate=True`` the results reuse
+the buffers of ``params`` and ``opt_state``, like ``jax.jit``'s ``donate_argnums``.
 
 The rules themselves are in `purecnn.optimizers`.
 """
@@ -24,7 +24,7 @@ from purecnn.tree import Tree
 __all__ = ["LearningRate", "Optimizer", "Update", "clipped", "from_transformation", "partitioned"]
 
 LearningRate: TypeAlias = float | Tensor | Schedule
-"""A number, a scalar tensor (such as one of an ensemble's, under ``vmap``), or a function of the step."""
+"""A number, a scalar tensor (such as an ensemble member's, under ``vmap``), or a function of the step."""
 
 
 class Update(Protocol):
@@ -49,25 +49,25 @@ class Optimizer(NamedTuple):
     update: Update
     """``update(grads, opt_state, params, learning_rate=None, *, donate=False) -> (params, opt_state)``.
 
-    ``grads`` has the same paths and shapes as ``params``; both may be given as leaves by path.
-    ``learning_rate`` replaces the optimizer's own. ``donate=True`` allows to overwrite ``params`` and ``opt_state``,
-    which must not be used again."""
+    ``grads`` has the same paths and shapes as ``params``; both may also be flat dictionaries from paths to leaves.
+    ``learning_rate`` replaces the optimizer's own. With ``donate=True``, ``params`` and ``opt_state`` may be
+    overwritten and must not be used again."""
     learning_rate: LearningRate
 
     def rate(self, opt_state: Tree) -> float:
         """The learning rate of the next update.
 
         Raises:
-            ValueError: if it is no scalar.
+            ValueError: if it is not a scalar.
         """
         return float(current(self.learning_rate, opt_state["step"]))
 
 
 def current(learning_rate: LearningRate, step: Tensor, device: torch.device | None = None) -> Tensor:
-    """The learning rate of a step as a scalar; that of a number is on the given device, in double precision.
+    """The learning rate of a step as a scalar tensor; a Python number becomes float64 on the given device.
 
     Raises:
-        ValueError: if it is no scalar.
+        ValueError: if it is not a scalar.
     """
     rate = learning_rate(step) if callable(learning_rate) else learning_rate
     if not isinstance(rate, Tensor):
@@ -78,18 +78,18 @@ def current(learning_rate: LearningRate, step: Tensor, device: torch.device | No
 
 
 def no_steps(params: Tree) -> Tree:
-    """The beginning of every state: no update is made."""
+    """The first part of every initial state: the number of updates, zero."""
     device = tree.device(params) if params else None
     return {"step": torch.zeros((), dtype=torch.int64, device=device)}
 
 
 def _nested(tree_or_leaves: Tree) -> Tree:
-    """Parameters may come as they were initialised, or as leaves by path."""
+    """A nested tree, from a nested tree or from a flat dictionary from paths to leaves."""
     return tree.unflatten(tree.flatten(tree_or_leaves))
 
 
 def clipped(optimizer: Optimizer, max_norm: float) -> Optimizer:
-    """Shorten the gradient, taken as one vector, to ``max_norm`` if it is longer, ``torch.nn.utils.clip_grad_norm_``.
+    """Clip the global norm of the gradient to ``max_norm`` before the update, like ``torch.nn.utils.clip_grad_norm_``.
 
     ``grad * min(1, max_norm / (norm + 1e-6))`` (Pascanu et al., arXiv:1211.5063, algorithm 1).
 
@@ -117,17 +117,17 @@ def clipped(optimizer: Optimizer, max_norm: float) -> Optimizer:
 
 
 def partitioned(choose: Callable[[str, Tensor], bool], chosen: Optimizer, others: Optimizer) -> Optimizer:
-    """One optimizer for the parameters that ``choose(path, parameter)`` chooses, and another one for the others.
+    """Use one optimizer for the parameters that ``choose(path, parameter)`` selects, and another for all others.
 
-    The learning rate that it reports is that of ``chosen``; one that is given to ``update`` is for both.
+    The reported learning rate is that of ``chosen``; a rate passed to ``update`` applies to both.
 
     Args:
-        choose: asked for each parameter, with its path; it may look at shape and type, not at values.
-        chosen: updates what is chosen.
-        others: updates all else.
+        choose: called for each parameter, with its path; it may use the parameter's shape and type, but not its values.
+        chosen: updates the selected parameters.
+        others: updates all others.
 
     Raises:
-        ValueError: from ``update``, if the gradients have other names than the parameters.
+        ValueError: from ``update``, if the names of gradients and parameters differ.
 
     >>> from purecnn.optimizers import adamw, sgd
     >>> optimizer = partitioned(lambda path, parameter: path.startswith("head."), adamw(1e-3), sgd(1e-2))
@@ -136,7 +136,7 @@ def partitioned(choose: Callable[[str, Tensor], bool], chosen: Optimizer, others
     """
 
     def split(params: Tree, other: Tree) -> tuple[Tree, Tree]:
-        """A tree's leaves where the parameters are chosen, and where they are not."""
+        """The leaves of ``other`` whose parameters are selected, and the rest."""
         marks = {path: bool(choose(path, leaf)) for path, leaf in tree.flatten(params).items()}
         leaves = tree.flatten(other)
         if different := sorted(marks.keys() ^ leaves.keys()):
@@ -174,19 +174,19 @@ def from_transformation(
     update: Callable[[Tree, Any, Tree], tuple[Tree, Any]],
     learning_rate: LearningRate = 1.0,
 ) -> Optimizer:
-    """An optimizer from a pair of Optax's kind, such as TorchOpt's.
+    """An optimizer from an Optax-style pair of ``init`` and ``update``, such as TorchOpt's.
 
-    ``param += learning_rate * update``. A pair that knows its own learning rate goes with the default.
+    ``param += learning_rate * update``. If the pair applies its own learning rate, keep the default.
 
     Args:
-        init: ``init(params) -> state``; any tree of tensors (lists, tuples, named tuples). What ``params`` hold must
-            not decide its structure, as it is made again to know it.
+        init: ``init(params) -> state``; any tree of tensors (lists, tuples, named tuples). Its structure must not
+            depend on the values of ``params``, because ``init`` is called again to recover the structure.
         update: ``update(grads, state, params) -> (updates, state)``, pure. TorchOpt's is
             ``lambda grads, state, params: adam.update(grads, state, params=params, inplace=False)``.
         learning_rate: factor of the updates.
 
     Raises:
-        ValueError: from ``update``, if the learning rate is no scalar.
+        ValueError: from ``update``, if the learning rate is not a scalar.
 
     >>> descent = from_transformation(lambda params: (), lambda grads, state, params: (grads, state), -0.5)
     >>> params = {"weight": torch.ones(2)}

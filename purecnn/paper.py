@@ -1,4 +1,4 @@
-"""What a family's table says of each network: how to build it, where it comes from, and what it was published with."""
+"""The rows of the families' tables: how each network is built, which paper it comes from, and its published result."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -10,12 +10,12 @@ from torch import Tensor
 from purecnn.layer import Law, Layer
 
 Loss = Callable[[Any, Tensor], Tensor]
-"""``loss(outputs, labels) -> scalar``: from logits or `purecnn.Outputs`, and the index of each image's class, to the
-mean over the batch."""
+"""``loss(outputs, labels) -> scalar``: the mean over the batch, from logits or `purecnn.Outputs`, and the index of each
+image's class."""
 
 
 def softmax(logits: Tensor) -> Tensor:
-    """Of logits (batch, classes), the probabilities (batch, classes).
+    """The probabilities (batch, classes) for logits (batch, classes).
 
     >>> softmax(Tensor([[0, 0]]))
     tensor([[0.5000, 0.5000]])
@@ -24,11 +24,11 @@ def softmax(logits: Tensor) -> Tensor:
 
 
 class Group(StrEnum):
-    """What a paper explores, in the order in which the story is told.
+    """What a paper explores, in order of presentation.
 
     The first seven are the taxonomy of Khan, Sohail, Zahoora, Qureshi. A Survey of the Recent Architectures of Deep
     Convolutional Neural Networks. Artificial Intelligence Review 53, 2020, arXiv:1901.06032. It ends in 2018; the
-    others are ours.
+    other groups are ours.
 
     >>> [group.value for group in Group if not group.in_survey][:2]
     ['mobile', 'architecture search']
@@ -49,7 +49,7 @@ class Group(StrEnum):
 
     @property
     def in_survey(self) -> bool:
-        """Whether the survey has the group."""
+        """Whether the group is one of the survey's."""
         groups = list(Group)
         return groups.index(self) <= groups.index(Group.ATTENTION)
 
@@ -61,27 +61,27 @@ class Paper:
     title: str
     authors: str
     year: int
-    """Of its first appearance in public."""
+    """The year of its first public appearance."""
     reference: str
     """arXiv id or DOI."""
     groups: tuple[Group, ...] = ()
     """What it explores."""
     in_survey: bool = False
-    """Whether the survey has the paper, in its table or its sections 4.1 to 4.7; where not, the groups are ours."""
+    """Whether the survey has the paper, in its table or its sections 4.1 to 4.7; if not, its groups are our choice."""
 
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """A result as it was printed."""
+    """A result as published."""
 
     value: float
     """Percent."""
     metric: str
     """What was measured, such as "top-1 error" or "test accuracy"."""
     data: str
-    """What it was measured on; ImageNet is the validation set of ILSVRC 2012."""
+    """The data it was measured on; ImageNet is the validation set of ILSVRC 2012."""
     source: str
-    """Where it is printed: a table or section of the network's paper, or who else prints it."""
+    """Where it is published: a table or section of the network's paper, or another source."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,16 +92,17 @@ class Variant:
     """The family's function; its keyword arguments are the settings that a user may override."""
     paper: Paper
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """What this variant sets."""
+    """The values that this variant sets."""
     image_size: int = 224
     in_channels: int = 3
     paper_law: Law | None = None
-    """How the paper draws the parameters, where it says so and the default is another law."""
+    """How the paper draws the parameters, if it says so and the default differs."""
     loss: Loss | None = None
-    """What the paper minimises, where that is not cross-entropy."""
+    """What the paper minimises, if it is not cross-entropy."""
     probabilities: Callable[[Tensor], Tensor] = softmax
-    """How outputs (batch, classes) are read as probabilities, where they are no logits."""
+    """Converts outputs (batch, classes) to probabilities; not the softmax if the outputs are not logits."""
     pixels: tuple[float, float] | None = None
-    """What black and white are for this network, where its paper says so and the usual normalisation will not do."""
+    """The values of black and white pixels for this network, if its paper states them and the usual normalisation does
+    not fit."""
     published: Published | None = None
-    """How well it did; None where only torchvision's weights were measured, or none."""
+    """Its published result; None if only torchvision's weights were measured, or none."""

@@ -1,13 +1,13 @@
-"""Gradients of single images: all of them, their norms, and the sum of them after clipping.
+"""Gradients of single images: the gradients themselves, their norms, and their sum after clipping.
 
-`per_sample_gradients` is ``vmap`` of ``grad``. `per_sample_norms` and `clipped_gradient_sum` never hold all gradients:
-one forward pass and one backward pass to the layers' outputs give what each layer read (``x``) and the derivatives by
-what it said (``signal``). Both together determine the layer's gradients, image by image:
+`per_sample_gradients` is ``vmap`` of ``grad``. `per_sample_norms` and `clipped_gradient_sum` avoid computing them all:
+one forward pass and one backward pass to the layers' outputs give each layer's input (``x``) and the derivative by its
+output (``signal``). Together they determine the layer's gradients, image by image:
 
-* *Ghost* norms: of the weight ``sum_t signal_t x_t'`` the squared norm is ``sum_st (x_s' x_t) (signal_s' signal_t)``,
-  without the weight's gradient (Goodfellow, arXiv:1510.01799, for one position; Bu, Mao, Xu, arXiv:2205.10683, for
-  convolutions). For few positions and large weights.
-* *Direct*: the layer's gradients are made, one for each image, and kept until they are summed.
+* *Ghost* norms: the squared norm of the weight's gradient ``sum_t signal_t x_t'`` is
+  ``sum_st (x_s' x_t) (signal_s' signal_t)``, which does not need the gradient (Goodfellow, arXiv:1510.01799, for one
+  position; Bu, Mao, Xu, arXiv:2205.10683, for convolutions). For few positions and large weights.
+* *Direct*: the layer's gradients are computed, one for each image, and kept until they are summed.
 
 The clipped sum is then an ordinary weight gradient with ``signal`` scaled for each image: no second backward pass.
 """
@@ -35,8 +35,8 @@ __all__ = ["Clipped", "clipped_gradient_sum", "per_sample_gradients", "per_sampl
 
 _Leaves: TypeAlias = dict[str, Tensor]
 
-# A number of a weight's gradient that goes to memory and comes back takes the time of about so many multiplications,
-# on the CPU where it was measured (docs/per_sample.md) and by the data sheets of GPUs.
+# Writing an element of a gradient to memory and reading it back takes the time of about this many multiplications, on
+# the CPU where it was measured (docs/per_sample.md) and according to the data sheets of GPUs.
 _TRAFFIC = 100
 
 
@@ -58,24 +58,24 @@ def per_sample_gradients(
 ) -> Tree:
     """The gradient of each image's loss: a tree like ``params`` whose leaves have the batch as their first axis.
 
-    Without ``memory``, works under ``torch.func`` and in compiled code.
+    Without ``memory``, it works under ``torch.func`` and in compiled code.
 
     Args:
         model, params, state: the network.
         batch: images (batch, channels, height, width) and labels (batch,).
         train: as in `Model.apply`.
-        key: of random draws in training. Image ``i`` draws with ``random.split(key, batch)[i]``.
+        key: for random draws in training. Image ``i`` draws with ``random.split(key, batch)[i]``.
         statistics: as in `Model.apply`; ``train=True, statistics="running"`` trains with frozen statistics.
         loss: of outputs and labels, the mean over a batch; by default ``model.loss``, or else
             `purecnn.training.loss_function`.
-        trainable: which parameters, by path; by default all. The tree has no others.
-        memory: at most so many bytes, for the result and all that is needed on the way, parameters and images aside.
-            The batch is cut accordingly, by what one image takes. Of what operators use unseen, there is an estimate.
-            By default the batch is one piece.
+        trainable: which parameters, by path; by default all. The result contains no others.
+        memory: the most bytes to use for the result and all intermediate tensors, not counting parameters and images.
+            The batch is split accordingly, by the memory that one image takes; what operators use internally is
+            estimated. By default the batch is not split.
 
     Raises:
-        ValueError: if images would not have gradients of their own, because batch normalisation uses the batch's
-            statistics; or if ``memory`` is too little, or given under ``torch.func`` or to a compiler.
+        ValueError: if images have no gradients of their own, because batch normalisation uses the batch's statistics;
+            or if ``memory`` is too small, or given under ``torch.func`` or in compiled code.
 
     >>> import purecnn
     >>> model = purecnn.create("lenet5")
@@ -88,7 +88,7 @@ def per_sample_gradients(
     images, labels = batch
     trained, frozen = partition(params, trainable)
     criterion = loss or model.loss or loss_function
-    if not len(images):  # as a Poisson sample may be
+    if not len(images):  # a Poisson sample may be empty
         return tree.unflatten({path: leaf.new_zeros((0, *leaf.shape)) for path, leaf in trained.items()})
     keys = None if key is None else random.split(key, len(images))
 
@@ -105,9 +105,9 @@ def per_sample_gradients(
     if memory is None:
         return tree.unflatten(mapped(trained, frozen, state, images, labels, keys))
     if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
-        raise ValueError("per_sample_gradients fills memory piece by piece: leave memory out under a transformation")
+        raise ValueError("with memory, per_sample_gradients writes in place: leave memory out under a transformation")
     size = _chunk_size(mapped, (trained, frozen, state, images, labels, keys), memory)
-    # Pieces go to their places at once: to put them together later would take the memory twice.
+    # Each piece is written to its place at once: concatenating them later would take twice the memory.
     result = {path: leaf.new_empty((len(images), *leaf.shape)) for path, leaf in trained.items()}
     for start in range(0, len(images), size):
         rows = slice(start, start + size)
@@ -118,7 +118,7 @@ def per_sample_gradients(
 
 
 def mixes_images(model: Model) -> bool:
-    """Whether it has batch normalisation by the batch's statistics in training. Nothing is computed but shapes."""
+    """Whether batch normalisation uses the batch's statistics in training. Only shapes are computed."""
     found = False
 
     def around(layer: Layer, params: Tree, state: Tree, x: Any, mode: Mode) -> tuple[Any, Tree]:
@@ -132,7 +132,7 @@ def mixes_images(model: Model) -> bool:
 
 
 def _check(model: Model, state: Tree, train: bool, statistics: Statistics) -> None:
-    """Refuses statistics of the batch, where there are any."""
+    """Raise an error if batch normalisation would use the batch's statistics."""
     if statistics not in (None, "batch", "running"):
         raise ValueError(f"statistics is 'batch', 'running' or None, found {statistics!r}")
     if state and (train if statistics is None else statistics != "running") and mixes_images(model):
@@ -150,18 +150,19 @@ def _chunk_size(function: Callable[..., _Leaves], args: tuple[Any, ...], memory:
     with _Memory(abstract) as used:
         function(*abstract)
     sizes = [leaf.nbytes for leaf in trees[0].values()]
-    # Operators bring tensors into other layouts, unseen: the allowance is two copies of the largest gradient.
+    # Operators convert layouts internally, which is not seen here: the allowance is two copies of the largest gradient.
     result, single = len(images) * sum(sizes), used.peak + 2 * max(sizes)
     if memory < result + single:
         raise ValueError(
             f"memory of {memory:,} bytes is too little: the gradients of {len(images)} images take {result:,}, and one "
-            f"image takes {single:,} on the way; choose fewer parameters with trainable, or use clipped_gradient_sum"
+            f"image at a time takes {single:,} more; choose fewer parameters with trainable, or use "
+            "clipped_gradient_sum"
         )
     return (memory - result) // single
 
 
 class _Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The most bytes that were held at one time in tensors which were made inside."""
+    """Measures the most bytes held at one time by tensors that are created inside."""
 
     def __init__(self, inputs: Any) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -189,16 +190,16 @@ class _Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class Clipped(NamedTuple):
-    """What `clipped_gradient_sum` finds."""
+    """The result of `clipped_gradient_sum`."""
 
     gradient: Tree
-    """The sum over the images of their clipped gradients: a tree like ``params``, of what is trained."""
+    """The sum of the images' clipped gradients: a tree like ``params``, with the trained parameters only."""
     norms: Tensor
-    """Of each image's gradient before clipping: (batch,)."""
+    """The norm of each image's gradient before clipping: (batch,)."""
     losses: Tensor
-    """Of each image: (batch,)."""
+    """The loss of each image: (batch,)."""
     outputs: Any
-    """The network's."""
+    """The network's outputs."""
 
 
 def clipped_gradient_sum(
@@ -216,22 +217,23 @@ def clipped_gradient_sum(
 ) -> Clipped:
     """The sum of all images' gradients, each scaled down to a Euclidean norm of at most ``clip``.
 
-    ``sum_i g_i min(1, clip / |g_i|)``, where the norm is that of all trained parameters together. It equals what
-    `per_sample_gradients` would give, up to rounding, at about the cost of an ordinary gradient. The layers' norms come
-    from the cheaper of the two ways above.
+    ``sum_i g_i min(1, clip / |g_i|)``, where the norm is that of all trained parameters together. Up to rounding, it
+    equals what `per_sample_gradients` would give, at about the cost of an ordinary gradient. For each layer, the norms
+    are computed by ghost norms or directly (see the module), whichever is cheaper.
 
-    Works under ``torch.func`` and in compiled code. A layer may be used several times; one that has no rule here, such
-    as a user's own, is differentiated image by image. Every layer with tensors of its own must be made by
-    `purecnn.layers.parametric`, and the first axis of what it reads and gives must be the batch.
+    Works under ``torch.func`` and in compiled code. A layer may be used several times; a layer without a rule here,
+    such as a user's own, is differentiated image by image. Every layer with parameters must be made by
+    `purecnn.layers.parametric`, and the first axis of its input and output must be the batch.
 
     Args:
         model, params, state, batch, train, statistics, loss, trainable: see `per_sample_gradients`.
         clip: the largest norm; may be infinite.
-        key: of random draws in training, made for the whole batch at once, as `Model.apply` makes them.
+        key: for random draws in training, made for the whole batch at once, as in `Model.apply`.
 
     Raises:
-        ValueError: if images would not have gradients of their own, as in `per_sample_gradients`; if a layer's output
-            does not have the batch as its first axis; or if parameters are used outside of such layers.
+        ValueError: if images have no gradients of their own, as in `per_sample_gradients`; if ``clip`` is not positive;
+            if a layer's output does not have the batch as its first axis; or if parameters are used outside of such
+            layers.
 
     >>> import purecnn
     >>> model = purecnn.create("lenet5")
@@ -244,7 +246,7 @@ def clipped_gradient_sum(
     if not isinstance(clip, Tensor) and not clip > 0:
         raise ValueError(f"clip must be positive, found {clip}")
     _check(model, state, train, statistics)
-    if not len(batch[0]):  # as a Poisson sample may be
+    if not len(batch[0]):  # a Poisson sample may be empty
         nothing = tree.map(torch.zeros_like, tree.unflatten(partition(params, trainable)[0]))
         outputs, _ = model.apply(params, state, batch[0], train=train, key=key, statistics=statistics)
         return Clipped(nothing, logits_of(outputs).new_zeros(0), logits_of(outputs).new_zeros(0), outputs)
@@ -266,7 +268,7 @@ def per_sample_norms(
     loss: Loss | None = None,
     trainable: Trainable | None = None,
 ) -> Tensor:
-    """The Euclidean norm of each image's gradient, of all trained parameters together: (batch,).
+    """The Euclidean norm of each image's gradient by all trained parameters together: (batch,).
 
     Args:
         model, params, state, batch, train, key, statistics, loss, trainable: see `clipped_gradient_sum`.
@@ -288,18 +290,18 @@ def per_sample_norms(
 
 
 class _Gradients(NamedTuple):
-    """Of single images, made or not."""
+    """Gradients of single images, computed or not."""
 
     recorded: Recorded
     direct: _Leaves
-    """Those that were made, by path: (batch, ...)."""
+    """Those that were computed, by path: (batch, ...)."""
     ghosts: dict[str, tuple[Use, Tensor]]
-    """Weights whose gradients were not made, by path: the run of the layer, and the weight."""
+    """Weights whose gradients were not computed, by path: the run of the layer, and the weight."""
 
     def norms(self) -> Tensor:
         squares = torch.zeros_like(self.recorded.losses)
         for gradient in self.direct.values():
-            # Row by row: of millions of numbers at once torch's norm is too small, by 0.05 % of nine million.
+            # Row by row: over millions of elements at once torch's norm is too small, by 0.05 % for nine million.
             parts = gradient.flatten(2) if gradient.ndim > 2 else gradient[..., None]
             squares = squares + torch.linalg.vector_norm(parts, dim=-1).square().reshape(len(gradient), -1).sum(1)
         for use, weight in self.ghosts.values():
@@ -319,7 +321,7 @@ class _Gradients(NamedTuple):
 
 
 def _gradients(recorded: Recorded) -> _Gradients:
-    """Makes those that are not cheaper unmade."""
+    """Compute all gradients except those of weights whose ghost norms are cheaper."""
     direct: _Leaves = {}
     ghosts: dict[str, tuple[Use, Tensor]] = {}
     often = Counter(use.paths[name] for use in recorded.uses for name in use.names)
@@ -340,7 +342,7 @@ def _gradients(recorded: Recorded) -> _Gradients:
 
 
 def _is_ghost(use: Use, weight: Tensor) -> bool:
-    """Whether the products of all pairs of positions are cheaper than to make the weight's gradients."""
+    """Whether the products of all pairs of positions are cheaper than computing the weight's gradients."""
     match use.layer.kind:
         case Convolution():
             positions = use.y.shape[2] * use.y.shape[3]
@@ -360,7 +362,7 @@ def _ghost(use: Use, weight: Tensor) -> Tensor:
 
 
 def _weight_sum(use: Use, weight: Tensor, scale: Tensor) -> Tensor:
-    """The weight's gradient, each image's times its scale."""
+    """The sum of the images' weight gradients, each multiplied by its scale."""
     signal = use.y * scale.reshape(-1, *[1] * (use.y.ndim - 1))
     if isinstance(use.layer.kind, Convolution):
         return conv_weight(use.layer.kind, use.x, weight, signal)

@@ -1,7 +1,7 @@
-"""Results as PNG files: learning curves, a confusion matrix, a prediction, explanations, filters.
+"""Results as PNG files: learning curves, confusion matrices, predictions, explanations, filters, paired trials.
 
-Drawn with matplotlib's objects: no window, no ``pyplot``, no global state. A file is written under another
-name and then moved into place, so a killed run leaves no half picture and a viewer sees none.
+They are drawn with matplotlib's objects: no window, no ``pyplot``, no global state. A file is written under another
+name and then moved into place, so neither a killed run nor a viewer ever meets an incomplete picture.
 """
 
 import math
@@ -24,7 +24,7 @@ from purecnn.files import replacing
 
 __all__ = ["confusion", "curves", "explanations", "filters", "paired", "prediction"]
 
-# Two of the colours of Okabe and Ito (https://jfly.uni-koeln.de/color/), which every kind of eye tells apart
+# Two of the colours of Okabe and Ito (https://jfly.uni-koeln.de/color/), distinct for colour-blind readers, too
 _BLUE, _ORANGE = "#0072b2", "#d55e00"
 _GREY = "#777777"
 
@@ -36,20 +36,20 @@ _MORE_FONTS = (
     *("Hiragino Sans", "PingFang SC", "Apple SD Gothic Neo", "Arial Unicode MS"),
     *("Yu Gothic", "Microsoft YaHei", "Malgun Gothic", "WenQuanYi Zen Hei", "Droid Sans Fallback", "IPAGothic"),
 )
-"""For names of classes in scripts that matplotlib's own font lacks; those of them that are installed are used."""
+"""Fonts for class names in scripts that matplotlib's own font lacks; those that are installed are used."""
 
 
 def curves(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
-    """Draws loss and accuracy over the epochs, for training and test data, the best epoch marked.
+    """Draws loss and accuracy over the epochs, for training and test data, and marks the best epoch.
 
     Args:
-        rows: one mapping for each epoch, with ``epoch``, ``train_loss``, ``train_accuracy``, ``test_loss``
-            and ``test_accuracy``: numbers, or text as ``csv.DictReader`` gives it. Accuracies are shares, 0
-            to 1. What is missing, empty or not finite leaves a gap.
+        rows: one mapping for each epoch, with ``epoch``, ``train_loss``, ``train_accuracy``, ``test_loss`` and
+            ``test_accuracy``: numbers, or strings as ``csv.DictReader`` returns them. Accuracies are from 0 to 1. A
+            value that is missing, empty or not finite leaves a gap.
         path: the PNG file to write.
 
     Raises:
-        ValueError: when there are no rows.
+        ValueError: if there are no rows.
 
     Example::
 
@@ -59,10 +59,10 @@ def curves(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> N
     if not rows:
         raise ValueError("no epochs to draw")
     epochs, scores, losses = (_column(rows, name) for name in ("epoch", "test_accuracy", "test_loss"))
-    # The most accurate; of equals, the one with the lowest loss.
+    # The epoch with the highest accuracy; among equals, the one with the lowest loss.
     finite = np.flatnonzero(np.isfinite(scores))
     best = max(finite, key=lambda i: (scores[i], -np.nan_to_num(losses[i], nan=np.inf)), default=None)
-    marker = "o" if len(rows) <= 30 else ""  # a single epoch makes no line, and dots would hide a long one
+    marker = "o" if len(rows) <= 30 else ""  # a single epoch has no line, and markers would hide a long one
     figure = _figure(10, 4.2)
     for axes, what in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         for half, color, line in (("train", _BLUE, "--"), ("test", _ORANGE, "-")):
@@ -78,7 +78,7 @@ def curves(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> N
         axes.spines[["top", "right"]].set_visible(False)
         if what == "accuracy":
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-            if len(rows) == 1:  # else the range shown is of hundredths of a percent
+            if len(rows) == 1:  # otherwise the axis would span hundredths of a percent
                 axes.set_ylim(0, 1)
             if best is not None:
                 ring: dict[str, Any] = {"markersize": 11, "markeredgewidth": 1.8, "markerfacecolor": "none"}
@@ -95,9 +95,9 @@ def _column(rows: Sequence[Mapping[str, Any]], name: str) -> NDArray[np.float64]
 
 
 def confusion(matrix: ArrayLike, classes: Sequence[str], path: str | os.PathLike[str]) -> None:
-    """Draws a confusion matrix: counts as numbers (up to 20 classes), shares of the true class as colour.
+    """Draws a confusion matrix: the colour is the share of the true class, and for up to 20 classes counts are written.
 
-    Beside each row stands the share of that class which was recognised.
+    For up to 20 classes, the recall of each class is written beside its row.
 
     Args:
         matrix: (classes, classes) counts; rows are the true classes, columns the predicted ones.
@@ -105,7 +105,7 @@ def confusion(matrix: ArrayLike, classes: Sequence[str], path: str | os.PathLike
         path: the PNG file to write.
 
     Raises:
-        ValueError: when the matrix is not square with a row for each class.
+        ValueError: if the matrix is not square with one row for each class.
 
     Example::
 
@@ -126,7 +126,7 @@ def confusion(matrix: ArrayLike, classes: Sequence[str], path: str | os.PathLike
     shown = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest" if n <= 100 else "auto")
     ticks = range(0, n, math.ceil(n / 20))
     labels = [_fit(classes[tick], 24) for tick in ticks]
-    level = max(map(len, labels)) * 0.1 <= side / len(ticks)  # about 0.1 inches a letter
+    level = max(map(len, labels)) * 0.1 <= side / len(ticks)  # about 0.1 inches per letter
     axes.set_xticks(ticks, labels)
     if not level:
         axes.tick_params(axis="x", labelrotation=45)
@@ -159,17 +159,17 @@ def confusion(matrix: ArrayLike, classes: Sequence[str], path: str | os.PathLike
 
 
 def paired(values: Mapping[str, Sequence[float]], path: str | os.PathLike[str]) -> None:
-    """Draws by how much arms of an experiment differ from the first one, in trials that belong together.
+    """Draws the differences between the arms of an experiment and its first arm, in paired trials.
 
-    A bar is the mean difference, its line one standard error to each side, and a dot is a trial.
+    A bar is the mean difference, its error bar one standard error to each side, and each dot is a trial.
 
     Args:
-        values: of each arm, what was measured in each trial, such as accuracies in percent; the first arm is what the
-            others are compared with.
+        values: for each arm, what was measured in each trial, such as accuracies in percent; the others are compared
+            with the first arm.
         path: the PNG file to write.
 
     Raises:
-        ValueError: when there are fewer than two arms, or not as many trials of each.
+        ValueError: if there are fewer than two arms, or they do not have the same number of trials.
 
     Example::
 
@@ -177,7 +177,7 @@ def paired(values: Mapping[str, Sequence[float]], path: str | os.PathLike[str]) 
     """
     names, lengths = list(values), {len(numbers) for numbers in values.values()}
     if len(names) < 2 or len(lengths) != 1 or 0 in lengths:
-        raise ValueError("paired trials are two arms and as many trials of each")
+        raise ValueError("paired needs at least two arms, each with the same number of trials")
     base, *arms = names
     reference = np.asarray(values[base], dtype=np.float64)
     count = len(reference)
@@ -201,15 +201,15 @@ def paired(values: Mapping[str, Sequence[float]], path: str | os.PathLike[str]) 
 
 
 def prediction(image: Image.Image, answers: Sequence[tuple[str, float]], path: str | os.PathLike[str]) -> None:
-    """Draws a picture with the answer over it and the likeliest classes beside it.
+    """Draws a picture with the prediction above it and the most probable classes beside it.
 
     Args:
         image: the picture, of any size; small ones are enlarged with sharp pixels.
-        answers: (class name, probability), the likeliest first.
+        answers: pairs (class name, probability), the most probable first.
         path: the PNG file to write.
 
     Raises:
-        ValueError: when there are no answers.
+        ValueError: if there are no answers.
 
     Example::
 
@@ -217,10 +217,10 @@ def prediction(image: Image.Image, answers: Sequence[tuple[str, float]], path: s
     """
     if not answers:
         raise ValueError("no answers to draw")
-    slots = max(5, len(answers))  # few bars do not grow fat
+    slots = max(5, len(answers))  # keeps few bars from becoming thick
     sharp = max(image.size) <= 128
     shown = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
-    shown.thumbnail((1200, 1200))  # more pixels than are drawn cost seconds
+    shown.thumbnail((1200, 1200))  # pixels that would not be drawn anyway cost seconds
 
     figure = _figure(10, 0.65 * slots + 1.4)
     left, bars = figure.subplots(1, 2, width_ratios=(1, 1))
@@ -245,18 +245,18 @@ def prediction(image: Image.Image, answers: Sequence[tuple[str, float]], path: s
 def explanations(
     rows: Sequence[tuple[Image.Image, str, Mapping[str, ArrayLike]]], path: str | os.PathLike[str]
 ) -> None:
-    """Draws pictures, a row each, and beside each what a network looked at, glowing over the darkened picture.
+    """Draws pictures, one per row, and beside each its heat maps over the darkened picture.
 
-    The brightness of a map runs from 0 to its 99.5th percentile, so that single pixels do not outshine the rest
-    (Smilkov et al. 2017, arXiv:1706.03825, section 3.1, cap outliers alike).
+    The brightness of a map goes from 0 to its 99.5th percentile, so that single pixels do not dominate (Smilkov et al.
+    2017, arXiv:1706.03825, section 3.1, cap outliers in the same way).
 
     Args:
-        rows: picture, caption, and heat maps by name: (height, width), at least 0, of any resolution; they cover the
-            whole picture.
+        rows: tuples of a picture, its caption, and its heat maps by name: arrays (height, width), at least 0, of any
+            resolution, which cover the whole picture.
         path: the PNG file to write.
 
     Raises:
-        ValueError: when there are no rows, or a map is no array of two axes.
+        ValueError: if there are no rows, or a map is not an array with two axes.
 
     Example::
 
@@ -285,7 +285,7 @@ def explanations(
 
 
 def _stretched(heat: ArrayLike, size: tuple[int, int]) -> NDArray[np.float64]:
-    """A heat map at a picture's (width, height), from 0 to 1."""
+    """A heat map, resized to a picture's (width, height) and scaled to 0 to 1."""
     values = np.asarray(heat, dtype=np.float32)
     if values.ndim != 2:
         raise ValueError(f"a heat map has two axes, found shape {values.shape}")
@@ -295,17 +295,17 @@ def _stretched(heat: ArrayLike, size: tuple[int, int]) -> NDArray[np.float64]:
 
 
 def filters(weight: ArrayLike, path: str | os.PathLike[str]) -> None:
-    """Draws a convolution's filters as tiles, enlarged with sharp pixels: coloured ones if they see three channels.
+    """Draws a convolution's filters as tiles, enlarged with sharp pixels, and in colour if they have three channels.
 
-    Each filter is stretched by itself: its largest number in magnitude is black or white (of a colour), and zero is the
-    middle grey. Of filters that see another number of channels, each channel is a grey tile.
+    Each tile has its own scale: its largest absolute value is black or white (in its colour channel), and zero is
+    middle grey. For any other number of channels, each channel of each filter is a grey tile.
 
     Args:
         weight: (filters, channels, height, width).
         path: the PNG file to write.
 
     Raises:
-        ValueError: when there are no filters, or the array has not four axes.
+        ValueError: if there are no filters, or the array does not have four axes.
 
     Example::
 
@@ -342,7 +342,7 @@ def _percent(share: float) -> str:
 
 
 def _fit(name: str, width: int) -> str:
-    """Cuts a long name, and keeps matplotlib from reading dollar signs as formulas."""
+    """Truncates a long name, and keeps matplotlib from interpreting dollar signs as formulas."""
     cut = name if len(name) <= width else name[: width - 1] + "…"
     return cut.replace("$", r"\$")
 
@@ -353,5 +353,5 @@ def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
         for text in figure.findobj(Text):
             text.set_fontfamily([*rcParams["font.family"], *more])
     with replacing(path) as file:
-        # matplotlib would write its version into the file
+        # otherwise matplotlib writes its version into the file
         FigureCanvasAgg(figure).print_figure(file, format="png", dpi=130, metadata={"Software": None})

@@ -1,8 +1,8 @@
-"""Types of numbers: what parameters are kept in, what is computed in, what comes out.
+"""Mixed precision: the dtypes in which parameters are kept, the network computes, and outputs are returned.
 
-Autocast chooses types operation by operation, behind the scenes, and chooses differently under ``torch.func``. A policy
-is explicit, as DeepMind's jmp has it: parameters and images are cast once, at the network's entrance, and the output at
-its exit. Running statistics stay as they are, since small updates would be lost in short numbers.
+Autocast chooses dtypes operation by operation, implicitly, and chooses differently under ``torch.func``. A policy is
+explicit, as in DeepMind's jmp: parameters and images are cast once, where they enter the network, and the output where
+it leaves. Running statistics are not cast, since small updates would be lost in float16 or bfloat16.
 
 Micikevicius et al., Mixed Precision Training, arXiv:1710.03740.
 """
@@ -21,7 +21,7 @@ __all__ = ["POLICIES", "Policy"]
 
 
 class Policy(NamedTuple):
-    """Types of floating-point numbers.
+    """The floating-point dtypes of parameters, computation and outputs.
 
     >>> import purecnn
     >>> model = purecnn.create("lenet5")
@@ -31,23 +31,23 @@ class Policy(NamedTuple):
     """
 
     parameters: torch.dtype = torch.float32
-    """Of parameters and what an optimizer keeps."""
+    """Dtype of the parameters and of the optimizer's state."""
     compute: torch.dtype = torch.float32
-    """Of all that flows through the network."""
+    """Dtype of everything that flows through the network."""
     output: torch.dtype = torch.float32
-    """Of logits, and of the loss."""
+    """Dtype of the logits and the loss."""
 
     @property
     def scaled(self) -> bool:
-        """Whether gradients would underflow unless the loss is scaled: only half precision has so few exponents."""
+        """Whether gradients would underflow unless the loss is scaled: only float16 has such a small exponent range."""
         return self.compute == torch.float16
 
     def keep(self, params: Tree) -> Tree:
-        """Parameters in the type that they are kept in."""
+        """The parameters, cast to the dtype that they are kept in."""
         return tree.map(lambda leaf: _cast(leaf, self.parameters), params)
 
     def apply(self, model: Model, params: Tree, state: Tree, x: Tensor, **settings: Any) -> tuple[Any, Tree]:
-        """`Model.apply` in these types."""
+        """Run `Model.apply` in these dtypes."""
         params = tree.map(lambda leaf: _cast(leaf, self.compute), params)
         outputs, state = model.apply(params, state, _cast(x, self.compute), **settings)
         return pytree.tree_map(lambda leaf: _cast(leaf, self.output), outputs), state
@@ -62,4 +62,4 @@ POLICIES = {
     "bfloat16": Policy(compute=torch.bfloat16),
     "float16": Policy(compute=torch.float16),
 }
-"""By the name of the type that is computed in; parameters and logits are in single precision."""
+"""Policies by the name of the dtype that they compute in; parameters and logits are float32."""

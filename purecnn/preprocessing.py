@@ -1,8 +1,8 @@
-"""From a picture's file to the tensor that a network reads.
+"""Preprocessing: from a picture's file to the tensor that a network reads.
 
-Reading is Pillow's work, resizing and varying torchvision's (``torchvision.transforms.v2``). This file adds errors that
-name the file, and one object that says how pictures are prepared and can be kept beside weights. All public names are
-those of `purecnn.data`.
+Pillow reads the files; torchvision (``torchvision.transforms.v2``) resizes and augments. This file adds errors that
+name the file, and one object that states how pictures are prepared and can be stored with weights. Import the public
+names from `purecnn.data`.
 """
 
 import os
@@ -19,25 +19,25 @@ from torchvision.transforms import InterpolationMode, v2
 
 
 class DataError(ValueError):
-    """The data are not what they should be: a missing file, a bad picture, an unknown name."""
+    """The data cannot be used: a missing file, a damaged picture, an unknown name, or a setting that does not fit."""
 
 
 # One picture -----------------------------------------------------------------------------------------------
 
 
 def read_image(source: str | os.PathLike[str] | BinaryIO, *, called: str | None = None) -> Image.Image:
-    """Reads one image file, upright and whole.
+    """Reads one image file completely, and turns it upright.
 
     Args:
-        source: the file's path, or the file.
+        source: the file's path, or an open file.
         called: its name in errors; by default the path.
 
     Returns:
-        A PIL image of mode ``"L"`` (grey) or ``"RGB"``, 8 bits a channel, turned as its EXIF data say; of an
+        A PIL image of mode ``"L"`` (grey) or ``"RGB"``, with 8 bits per channel, rotated as its EXIF data say; for an
         animation, the first frame.
 
     Raises:
-        DataError: naming the file, when there is no such file, or when it does not decode to a picture.
+        DataError: if the file does not exist or does not decode to a picture; names the file.
 
     Example::
 
@@ -47,12 +47,12 @@ def read_image(source: str | os.PathLike[str] | BinaryIO, *, called: str | None 
         image = ImageOps.exif_transpose(file)
         if image.mode in ("RGB", "L"):
             return image
-        # Pillow's own conversion has changed between clipping and scaling. A PGM's 16 bits come in 32.
+        # Pillow versions differ in whether they clip or scale here. A PGM's 16 bits arrive as 32-bit integers.
         if image.mode.startswith("I;16") or (image.mode == "I" and file.format == "PPM"):
             return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if image.mode in ("I", "F"):
             raise DataError(f"its pixels (mode {image.mode}) have no fixed range: store it with 8 or 16 bits")
-        if image.mode == "P":  # a palette may hold transparency, which only RGBA takes over without a warning
+        if image.mode == "P":  # a palette may contain transparency; only converting to RGBA gives no warning then
             image = image.convert("RGBA")
         return image.convert("L" if image.mode in ("1", "LA", "La") else "RGB")
 
@@ -61,7 +61,7 @@ LEFT_OUT = "--skip-bad, or skip_bad=True, leaves them out"
 
 
 def read_example(source: str | os.PathLike[str] | BinaryIO, *, called: str | None = None) -> Image.Image:
-    """`read_image` for a data set: what it raises tells how to do without such pictures.
+    """`read_image` for a data set: its errors say how to leave out pictures that cannot be read.
 
     Raises:
         DataError: as from `read_image`, with a note.
@@ -74,7 +74,7 @@ def read_example(source: str | os.PathLike[str] | BinaryIO, *, called: str | Non
 
 
 def check_header(path: Path) -> None:
-    """Raises DataError unless the file begins like an image. Decodes no pixel: 0.1 ms."""
+    """Raises DataError unless the file begins like an image. It decodes no pixels and takes 0.1 ms."""
     with _naming(str(path)), Image.open(path):
         pass
 
@@ -97,17 +97,17 @@ def _naming(file: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How training pictures are varied. Every field's default means: not at all.
+    """How training pictures are augmented. By default, they are not.
 
     Attributes:
-        area: a rectangle of that share of the picture, from least to most, of a random shape between 3:4 and
-            4:3, is cut and scaled (Szegedy et al., "Going deeper with convolutions", 2015).
-        padding: the picture is padded by this share of its side and a crop taken at a random place (He et
-            al., "Deep residual learning", 2016: 4 of 32 pixels).
-        rotate: degrees, to either side.
-        shift: share of the side, in every direction.
-        zoom: 0.1 scales by 0.9 to 1.1.
-        flip: half of the pictures are mirrored left to right.
+        area: smallest and largest share of the picture's area: a random rectangle of such an area, with an aspect ratio
+            between 3:4 and 4:3, is cut out and scaled (Szegedy et al., "Going deeper with convolutions", 2015).
+        padding: the picture is padded by this share of its side, then cropped at a random place (He et al., "Deep
+            residual learning", 2016: 4 of 32 pixels).
+        rotate: largest rotation in either direction, degrees.
+        shift: largest shift in every direction, as a share of the side.
+        zoom: largest change of scale: 0.1 scales by 0.9 to 1.1.
+        flip: mirror each picture left to right with probability 1/2.
 
     Example::
 
@@ -122,26 +122,27 @@ class Augmentation:
     flip: bool = False
 
 
-_INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")  # those that Pillow has
-_LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, the weights by which Pillow makes RGB grey
+_INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")  # those of Pillow
+_LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601: Pillow's weights for converting RGB to grey
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """All that must be known to show a picture to a trained network the way evaluation did.
+    """How a picture is prepared for a network, in evaluation and prediction.
 
-    Plain numbers and words, so a checkpoint can store it (:meth:`to_dict`). The defaults are ImageNet's.
+    All fields are plain numbers and strings, so a checkpoint can store them (:meth:`to_dict`). The defaults are
+    ImageNet's.
 
     Attributes:
-        size: height and width, in pixels, of what the network reads.
+        size: height and width of the network's input, pixels.
         channels: 1 (grey) or 3 (RGB); pictures are converted.
-        resize: the picture's shorter side is scaled to this many pixels, then the middle ``size`` x ``size``
-            is cut out; None: cut without scaling (and padded with black where the picture is too small).
-        mean, std: for each channel, of intensities in 0 to 1.
+        resize: the picture's shorter side is scaled to this many pixels, then the central ``size`` x ``size`` pixels
+            are cut out. None cuts without scaling, and pads a picture that is too small with black.
+        mean, std: mean and standard deviation of each channel, for intensities from 0 to 1.
         interpolation: "nearest", "bilinear", "bicubic", "box", "hamming" or "lanczos".
 
     Raises:
-        DataError: when the fields do not fit together.
+        DataError: if the fields do not fit together.
     """
 
     size: int = 224
@@ -159,23 +160,25 @@ class Preprocessing:
         if min(self.std) <= 0:
             raise DataError(f"std must be positive: {self.std}")
         if self.size < 1 or (self.resize is not None and self.resize < self.size):
-            raise DataError(f"no {self.size} x {self.size} crop in a shorter side of {self.resize} pixels")
+            raise DataError(
+                f"cannot crop {self.size} x {self.size} pixels from a picture with a shorter side of {self.resize}"
+            )
         if self.interpolation not in _INTERPOLATIONS:
-            raise DataError(f"interpolation {self.interpolation!r}: one of {', '.join(_INTERPOLATIONS)}")
+            raise DataError(f"interpolation must be one of {', '.join(_INTERPOLATIONS)}, not {self.interpolation!r}")
 
     def adapt(self, *, size: int | None = None, channels: int | None = None) -> "Preprocessing":
-        """The same for a network that reads another size or number of channels.
+        """The same preprocessing for a network that reads another size or number of channels.
 
-        ``resize`` keeps its proportion to ``size``. Means and deviations are carried over: to three equal
-        channels, or to grey by the weights with which Pillow mixes RGB (exact for the mean; for the deviation
-        as if the channels varied together, which they nearly do).
+        ``resize`` keeps its ratio to ``size``. Means and standard deviations are converted: from grey to three equal
+        channels, or from RGB to grey by Pillow's weights (exact for the mean; for the deviation, exact if the channels
+        are fully correlated, which they nearly are).
 
         Args:
             size: height and width, in pixels; None keeps them.
             channels: 1 (grey) or 3 (RGB); None keeps them.
 
         Raises:
-            DataError: for another number of channels, or a size below 1.
+            DataError: if ``channels`` is neither 1 nor 3, or ``size`` is below 1.
 
         Example::
 
@@ -194,7 +197,7 @@ class Preprocessing:
         return adapted
 
     def between(self, black: float, white: float) -> "Preprocessing":
-        """The same with other numbers for black and white.
+        """The same preprocessing with mean and deviation such that black and white pixels get these values.
 
         >>> Preprocessing().between(-1.0, 1.0).mean
         (0.5, 0.5, 0.5)
@@ -203,17 +206,17 @@ class Preprocessing:
         return replace(self, mean=(0.0 - black * std,) * self.channels, std=(std,) * self.channels)
 
     def evaluation(self) -> v2.Compose:
-        """The transform from a PIL image (or a uint8 array or tensor) to a float32 (channels, size, size)."""
+        """The transform from a PIL image (or a uint8 array or tensor) to a float32 tensor (channels, size, size)."""
         return v2.Compose([_Mode(self.channels), *self._middle(), *self._to_tensor()])
 
     def bytes(self) -> v2.Compose:
-        """As :meth:`evaluation`, but to uint8, and without mean and deviation."""
+        """The transform :meth:`evaluation` without its normalisation: to a uint8 tensor."""
         return v2.Compose([_Mode(self.channels), *self._middle(), v2.ToImage(), v2.ToPureTensor()])
 
     def training(self, augmentation: Augmentation) -> v2.Compose:
-        """As :meth:`evaluation`, varied at random; the draws are from torch's global generator.
+        """The transform :meth:`evaluation` with random augmentation, drawn from torch's global generator.
 
-        :func:`batches` seeds that generator for each picture and puts it back.
+        :func:`batches` seeds that generator for each picture and restores it afterwards.
         """
         a = augmentation
         interpolation = InterpolationMode(self.interpolation)
@@ -233,7 +236,7 @@ class Preprocessing:
         return v2.Compose([*steps, *self._to_tensor()])
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as values that JSON can hold."""
+        """The fields, as values that JSON can represent."""
         return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
 
     @classmethod
@@ -241,7 +244,7 @@ class Preprocessing:
         """The inverse of :meth:`to_dict`.
 
         Raises:
-            DataError: when a field is missing or unknown: a guess here would spoil predictions silently.
+            DataError: if a field is missing or unknown; a guess would silently make predictions wrong.
         """
         wrong = {field.name for field in fields(cls)} ^ set(values)
         if wrong:
@@ -259,7 +262,7 @@ class Preprocessing:
 
 
 def _unit(image: Tensor) -> Tensor:
-    """From bytes to 0 to 1, divided as torchvision's presets do; ``v2.ToDtype`` multiplies by the reciprocal."""
+    """Scale bytes to 0 to 1 by a division, as torchvision's presets do; ``v2.ToDtype`` multiplies by the reciprocal."""
     return image.float() / 255
 
 
@@ -273,12 +276,12 @@ def _luminance(rgb: tuple[float, ...]) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class _Mode:
-    """Converts to grey or RGB. A class, not a closure, so that worker processes can be sent it."""
+    """Converts to grey or RGB. It is a class and not a closure, so that it can be sent to worker processes."""
 
     channels: int
 
     def __call__(self, image: Any) -> Image.Image:
-        # v2.RGB would turn RGBA into three equal greys; and a tensor is not scaled quite like a PIL image
+        # v2.RGB would turn RGBA into three equal grey channels; and torchvision resizes a tensor slightly differently
         if not isinstance(image, Image.Image):
             image = v2.functional.to_pil_image(image)
         return image.convert("L" if self.channels == 1 else "RGB")

@@ -2,17 +2,17 @@
 
 Abadi et al., Deep Learning with Differential Privacy, arXiv:1607.00133, algorithm 1. A step sums the gradients of
 single images, each clipped to a norm of at most ``clip``, adds normal noise of standard deviation ``noise * clip``, and
-divides by the expected size of a batch. Each image is in a batch with the same probability, whatever the others do
-(`poisson_sample`); the sizes of batches therefore differ, and the step takes them as they come.
+divides by the expected size of a batch. Each image is in a batch with the same probability, independently of the others
+(`poisson_sample`); the sizes of batches therefore vary, and the step accepts any size.
 
     noise = noise_for(3.0, sampling_rate=0.1, steps=100, delta=1e-5)
     step = make_private_step(model, optimizer, clip=1.0, noise=noise, expected_batch=900)
     chosen = poisson_sample(key, count=9000, rate=0.1)
     train_state, metrics = step(train_state, (images[chosen], labels[chosen]), key)
 
-What is private are the parameters, after each step and at the end. The metrics are not: they are of the images as they
-are. The numbers are floats and the keys are only as secret as their seed, so this protects against an adversary who
-sees trained networks, not one who sees the machine (Mironov, On significance of the least significant bits for
+The parameters are private, after each step and at the end. The metrics are not: they are computed without noise. The
+numbers are floating-point and the keys are only as secret as their seed, so this protects against an adversary with
+access to the trained networks, but not to the machine (Mironov, On significance of the least significant bits for
 differential privacy, CCS 2012).
 """
 
@@ -46,26 +46,27 @@ def make_private_step(
     statistics: Literal["batch", "running"] = "batch",
     microbatch: int | None = None,
 ) -> Step:
-    """The private training step ``(train_state, batch, key) -> (train_state, metrics)``, a pure function.
+    """Make the private training step ``(train_state, batch, key) -> (train_state, metrics)``, a pure function.
 
-    It has the protocol of `purecnn.training.make_step`, and with ``noise=0``, ``clip=math.inf`` and batches of the
-    expected size it makes the same steps, unless the network draws: masks of dropout come from other keys.
+    It is called like the step of `purecnn.training.make_step`, and with ``noise=0``, ``clip=math.inf`` and batches of
+    the expected size it makes the same updates, unless the network draws: dropout masks come from other keys.
 
     Args:
         model: the network; without batch normalisation, or with ``statistics="running"``.
-        optimizer: the update rule: it sees nothing but the private gradient.
-        clip: the largest norm of an image's gradient, of all trained parameters together.
+        optimizer: the update rule; it sees only the private gradient.
+        clip: the largest norm of an image's gradient by all trained parameters together.
         noise: standard deviation of the noise, in multiples of ``clip``: see `noise_for`.
-        expected_batch: the mean size of a batch, ``rate * count`` of `poisson_sample`. The size that a batch happens to
-            have is a secret.
+        expected_batch: the mean size of a batch, ``rate * count`` of `poisson_sample`. The actual size of a batch must
+            stay secret.
         loss: see `purecnn.per_sample.per_sample_gradients`.
-        trainable: which parameters to train, by path; by default all. The noise is for them alone.
-        statistics: what batch normalisation uses: only ``"running"`` statistics, frozen, leave each image its gradient.
-        microbatch: work through the batch in pieces of at most so many images, for less memory.
+        trainable: which parameters to train, by path; by default all. Only these get noise.
+        statistics: what batch normalisation uses. Only frozen ``"running"`` statistics keep images' gradients separate.
+        microbatch: process the batch in pieces of at most this many images, for less memory.
 
     Returns:
-        The step. Its key may be that of the whole training: the step's number is folded into it, and each parameter's
-        noise is drawn by its path. Metrics are the batch's mean loss (0 for an empty batch) and number of right images.
+        The step. Its key may be the same for the whole training: the step number is folded into it, and each
+        parameter's noise is drawn by its path. Metrics are the batch's mean loss (0 for an empty batch) and number of
+        correctly classified images.
 
     Raises:
         ValueError: if a number is out of range, or the network would use the batch's statistics.
@@ -84,7 +85,7 @@ def make_private_step(
     if not 0 <= noise < math.inf:
         raise ValueError(f"noise must be at least 0 and finite, found {noise}")
     if noise and math.isinf(clip):
-        raise ValueError("gradients of any size need infinite noise: choose a finite clip, or noise=0")
+        raise ValueError("gradients that are not clipped need infinite noise: choose a finite clip, or noise=0")
     if not expected_batch > 0:
         raise ValueError(f"expected_batch must be positive, found {expected_batch}")
     if microbatch is not None and microbatch < 1:
@@ -128,7 +129,7 @@ def make_private_step(
             loss_sum, correct = loss_sum + found.losses.sum(), correct + (logits.argmax(1) == truth).sum()
         total = distributed.total(total)
         sums = distributed.total({"loss": loss_sum, "correct": correct, "images": torch.full_like(count, size)})
-        if noise:  # drawn once: all processes draw the same
+        if noise:  # added once, to the total: all processes draw the same
             total = {path: part + noise * clip * _normal(noise_key, path, part) for path, part in total.items()}
         grads = {path: part / expected_batch for path, part in total.items()}
         updated, opt_state = optimizer.update(grads, opt_state, trained)
@@ -144,26 +145,26 @@ def _normal(key: Tensor | None, path: str, like: Tensor) -> Tensor:
 
 
 def poisson_sample(key: Tensor, count: int, rate: float) -> Tensor:
-    """Which of ``count`` images are in a batch, each with probability ``rate``: their indices, in order, int64.
+    """Draw a batch that contains each of ``count`` images with probability ``rate``: the sorted indices, int64.
 
-    How many they are differs from draw to draw: ``rate * count`` on average, and none is possible. That is what
-    `epsilon` reckons with: cutting or filling batches to one size would make its figure wrong.
+    Its size varies from draw to draw: ``rate * count`` on average, possibly 0. `epsilon` assumes this: cutting or
+    filling batches to one size would make its figure wrong.
 
     Args:
-        key: another one for each batch.
-        count: of all images.
-        rate: probability of each.
+        key: a different one for each batch.
+        count: the number of all images.
+        rate: the probability of each image.
 
     Raises:
-        ValueError: if ``rate`` is no probability.
+        ValueError: if ``rate`` is not a probability.
 
     >>> poisson_sample(random.key(0), 10, 0.5)
     tensor([2, 3, 5, 6, 9])
     """
     if not 0 <= rate <= 1:
         raise ValueError(f"rate must be in [0, 1], found {rate}")
-    # In 32 bits, where a float has 23: a rate of 1e-6 would be 7 % larger. Torch compares with a number in single
-    # precision, where the largest words would equal 2**32.
+    # With all 32 bits: with the 23 of a float32, a rate of 1e-6 would be 7 % larger. In double precision, because torch
+    # compares with a number in single precision, where the largest words would equal 2**32.
     return (random.bits(key, (count,)).double() < rate * 2**32).nonzero()[:, 0]
 
 
@@ -171,17 +172,17 @@ def poisson_sample(key: Tensor, count: int, rate: float) -> Tensor:
 
 
 def epsilon(noise: float, sampling_rate: float, steps: int, delta: float) -> float:
-    """The privacy that a training costs: the steps together are ``(epsilon, delta)``-differentially private.
+    """The privacy cost of a training: all steps together are ``(epsilon, delta)``-differentially private.
 
-    For the addition or removal of one image, batches by `poisson_sample`, and all parameters on the way published. From
-    Google's ``dp-accounting``: privacy loss distributions, rounded to the safe side (Doroshenko et al.,
-    arXiv:2207.04380).
+    This holds for adding or removing one image, with batches drawn by `poisson_sample`, even if the parameters after
+    every step are published. Computed by Google's ``dp-accounting`` from privacy loss distributions, rounded to the
+    safe side (Doroshenko et al., arXiv:2207.04380).
 
     Args:
-        noise: of `make_private_step`.
-        sampling_rate: the probability of an image to be in a batch.
-        steps: how many are made.
-        delta: probability with which the promise may fail, to be far less than one over the number of images.
+        noise: as in `make_private_step`.
+        sampling_rate: the probability that an image is in a batch.
+        steps: number of steps.
+        delta: probability with which the guarantee may fail; should be far less than one over the number of images.
 
     Raises:
         ModuleNotFoundError: if ``dp-accounting`` is not installed.
@@ -202,10 +203,11 @@ def epsilon(noise: float, sampling_rate: float, steps: int, delta: float) -> flo
 def noise_for(epsilon: float, sampling_rate: float, steps: int, delta: float) -> float:
     """The least noise with which a training costs no more than ``epsilon``, to a thousandth and on the safe side.
 
-    None below a quarter: to work out what so little costs takes minutes and gigabytes.
+    Never between 0 and a quarter: computing the cost of so little noise takes minutes and gigabytes. It is 0 if the
+    probability that an image is used at all is at most ``delta``.
 
     Args:
-        epsilon: what may be spent.
+        epsilon: the largest privacy cost.
         sampling_rate, steps, delta: see `epsilon`.
 
     Raises:
@@ -220,9 +222,9 @@ def noise_for(epsilon: float, sampling_rate: float, steps: int, delta: float) ->
     if not 0 < epsilon < math.inf:
         raise ValueError(f"epsilon must be positive and finite, found {epsilon}")
     if 1 - (1 - sampling_rate) ** steps <= delta:
-        return 0.0  # an image is not likelier to be used at all
+        return 0.0  # delta covers the probability that an image is used at all
     accounting = _accounting()
-    # Its own search begins at no noise, around which a loss is costly to work out.
+    # Its own search begins at zero noise, near which the privacy loss is costly to compute.
     upper = 1.0
     while _epsilon(accounting, upper, sampling_rate, steps, delta) > epsilon:
         upper *= 2
@@ -269,5 +271,5 @@ def _accounting() -> Any:
         return importlib.import_module("dp_accounting")
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"epsilon is reckoned by Google's accountant: pip install dp-accounting (missing: {error.name})"
+            f"epsilon is computed by Google's dp-accounting: pip install dp-accounting (missing: {error.name})"
         ) from error

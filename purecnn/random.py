@@ -1,19 +1,19 @@
-"""Random numbers as pure functions of a key, in the manner of ``jax.random``.
+"""Random numbers as pure functions of a key, as in ``jax.random``.
 
 A draw is ``draw(key, ...) -> Tensor``: the same key gives the same numbers, on a CPU and on a GPU, in eager
-mode and compiled, alone and under ``torch.func.vmap``. There is no global state and no ``torch.Generator``:
-a generator knows no ``vmap`` and breaks ``torch.compile(fullgraph=True)``. Whoever needs two different draws
-makes two keys with :func:`split` or :func:`fold_in`: with one of the two for each key, since, as in JAX,
-``split(key, n)[i]`` is ``fold_in(key, i)``.
+mode and compiled, alone and under ``torch.func.vmap``. There is no global state and no ``torch.Generator``,
+which does not work under ``vmap`` and breaks ``torch.compile(fullgraph=True)``. To make two different draws,
+make two keys with :func:`split` or :func:`fold_in`. Use only one of the two functions on any one key, because,
+as in JAX, ``split(key, n)[i]`` equals ``fold_in(key, i)``.
 
-A key is an int64 tensor of shape ``(2,)`` which holds two uint32 words, each as a value in ``[0, 2**32)``.
+A key is an int64 tensor of shape ``(2,)`` that holds two uint32 words, each as a value in ``[0, 2**32)``.
 It is not a uint32 tensor, because torch implements few operations for that type, while int64 works with
-indexing, ``vmap``, ``compile`` and safetensors. A batch of keys is a tensor of shape ``(n, 2)``, to be mapped
-over with ``vmap``.
+indexing, ``vmap``, ``compile`` and safetensors. A batch of keys is a tensor of shape ``(n, 2)``; use ``vmap``
+to map over it.
 
-The words come from the counter-based generator Threefry-2x32 with 20 rounds, the one of ``jax.random`` with
+The words come from the counter-based generator Threefry-2x32 with 20 rounds, as in ``jax.random`` with
 its default ``jax_threefry_partitionable=True``. Keys, bits, standard uniform numbers and Bernoulli draws equal
-JAX's bit for bit; normal numbers equal them up to the rounding of ``erfinv``.
+JAX's bit for bit; normal numbers equal JAX's up to the rounding of ``erfinv``.
 
 References:
     Salmon, Moraes, Dror, Shaw. Parallel random numbers: as easy as 1, 2, 3. SC 2011.
@@ -47,12 +47,12 @@ __all__ = [
 _Words: TypeAlias = npt.NDArray[np.uint32]
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
-# How far to shift a word left and right; as arrays, because NumPy would convert a number at each call.
+# How far to shift a word left and right; as arrays, because NumPy would convert numbers at each call.
 _SHIFTS = {r: (np.array(r, np.uint32), np.array(32 - r, np.uint32)) for row in _ROTATIONS for r in row}
 _PARITY = 0x1BD11BDA
 _WORD = 0xFFFFFFFF
-# The hundred steps of Threefry are bound by memory traffic, so on a CPU a draw is made in pieces which fit into the
-# cache: the fastest of 2**13 to 2**18 numbers in a trial.
+# The hundred steps of Threefry are limited by memory bandwidth, so on a CPU a draw is made in pieces that fit into the
+# cache. This size was the fastest of 2**13 to 2**18 numbers in a trial.
 _PIECE = 1 << 16
 
 
@@ -68,15 +68,15 @@ def key(seed: SupportsIndex, device: torch.device | str | None = None) -> Tensor
         A key: int64, shape ``(2,)``.
 
     Raises:
-        TypeError: ``seed`` is no int.
-        ValueError: it is out of range.
+        TypeError: ``seed`` is not an int.
+        ValueError: ``seed`` is out of range.
 
     >>> key(42)
     tensor([ 0, 42])
     """
     if not isinstance(seed, SupportsIndex):
         raise TypeError(f"seed must be an int, got {type(seed).__name__}")
-    seed = operator.index(seed)  # NumPy's integers are integers, too
+    seed = operator.index(seed)  # accepts NumPy's integers, too
     if not 0 <= seed < 1 << 64:
         raise ValueError(f"seed must be in [0, 2**64), got {seed}")
     return torch.tensor([seed >> 32, seed & _WORD], dtype=torch.int64, device=device)
@@ -97,14 +97,14 @@ def split(key: Tensor, num: int = 2) -> Tensor:
 
 
 def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
-    """Makes a new key from a key and an integer: a member's index, a step, a hash of a layer's name.
+    """Makes a new key from a key and an integer, such as a member's index, a step, or a hash of a layer's name.
 
     Args:
         key: a key.
         data: an int in ``[0, 2**32)``, or an integer tensor of any shape, which is taken modulo ``2**32``.
 
     Returns:
-        A key for every element of ``data``: int64, shape ``(*data.shape, 2)``, so ``(2,)`` for an int.
+        A key for every element of ``data``: int64, shape ``(*data.shape, 2)``; for an int, ``(2,)``.
         Many keys at once cost about as much as one.
 
     Raises:
@@ -126,7 +126,7 @@ def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
             raise ValueError(f"data must be in [0, 2**32), got {data}")
         if _is_plain(key):
             k0, k1 = key.tolist()
-            # As below, but twenty times faster.
+            # The same result as below, twenty times faster.
             return torch.tensor(_threefry_of_ints(k0, k1, int(data)), device=key.device)
         count = torch.full((), data, dtype=torch.int64, device=key.device).to(torch.int32)
     else:
@@ -156,17 +156,17 @@ def uniform(
 ) -> Tensor:
     """Draws from the uniform distribution on ``[minval, maxval)``.
 
-    float32 has 23 random bits and float64 has 52, as in JAX. The other types are float32 draws, rounded, so
-    that a half-precision draw is the single-precision draw in fewer digits; rounding can reach ``maxval`` then.
-    The numbers are ``minval + (maxval - minval) * u`` with the standard ``u``, rounded twice; a compiler which
-    fuses the two steps (JAX's does, Triton may) changes the last digit, unless the width is a power of two.
+    float32 has 23 random bits and float64 has 52, as in JAX. Other types are rounded float32 draws, so a float16
+    or bfloat16 draw is the float32 draw in fewer digits, and rounding can reach ``maxval``. The numbers are
+    ``minval + (maxval - minval) * u`` with ``u`` uniform on ``[0, 1)``, rounded twice. A compiler that fuses the
+    two steps (JAX's does, Triton may) changes the last digit, unless ``maxval - minval`` is a power of two.
 
     Args:
         key: a key.
         shape: the shape of the result.
-        dtype: a floating type.
+        dtype: a floating-point type.
         minval: lower bound, included.
-        maxval: upper bound, excluded up to that rounding; not less than ``minval``.
+        maxval: upper bound, excluded except for that rounding; not less than ``minval``.
 
     Raises:
         TypeError: ``key``, ``shape`` or ``dtype`` is of the wrong type.
@@ -189,13 +189,13 @@ def normal(
 ) -> Tensor:
     """Draws from the normal distribution: ``mean + std * sqrt(2) * erfinv(u)``, ``u`` uniform on ``(-1, 1)``.
 
-    The uniform number is exact everywhere; ``erfinv`` may differ in the last digits between devices and from
-    JAX. Values lie within 5.5 standard deviations in float32 (8.3 in float64). For types see :func:`uniform`.
+    The uniform number is the same everywhere; ``erfinv`` may differ in the last digits between devices and from
+    JAX. Values lie within 5.5 standard deviations in float32 (8.3 in float64). For dtypes see :func:`uniform`.
 
     Args:
         key: a key.
         shape: the shape of the result.
-        dtype: a floating type.
+        dtype: a floating-point type.
         mean: the mean.
         std: the standard deviation.
 
@@ -224,21 +224,22 @@ def truncated_normal(
 ) -> Tensor:
     """Draws from the standard normal distribution, conditional on ``lower < x < upper``.
 
-    By inversion: ``sqrt(2) * erfinv(u)`` with ``u`` uniform between ``erf(lower / sqrt(2))`` and
-    ``erf(upper / sqrt(2))``, clipped to the open interval. Bounds may be infinite. float32 resolves the tails up
-    to about 5 standard deviations. Where the bounds lie beyond, no number does (in JAX one of eight million is a
-    bound itself). A 16-bit draw is rounded, which can take it to the number next to a bound, on either side.
+    It inverts the distribution function: ``sqrt(2) * erfinv(u)`` with ``u`` uniform between
+    ``erf(lower / sqrt(2))`` and ``erf(upper / sqrt(2))``, clipped to the open interval. Bounds may be infinite.
+    float32 resolves the tails up to about 5 standard deviations: no draw reaches a bound that lies further out (in
+    JAX, one of eight million does). A float16 or bfloat16 draw is rounded, which can move it to the number next to
+    a bound, on either side.
 
     Args:
         key: a key.
         lower, upper: the bounds.
         shape: the shape of the result.
-        dtype: a floating type.
+        dtype: a floating-point type.
 
     Raises:
         TypeError: ``key``, ``shape`` or ``dtype`` is of the wrong type.
-        ValueError: as from :func:`bits`, or unless ``lower < upper`` and the interval has a probability which ``dtype``
-            can resolve.
+        ValueError: as from :func:`bits`; or if ``lower`` is not below ``upper``, or the probability between them is
+            too small for ``dtype`` to resolve.
 
     >>> bool(truncated_normal(key(42), -1.0, 2.0, (1000,)).min() > -1)
     True
@@ -257,11 +258,11 @@ def truncated_normal(
 
 
 def bernoulli(key: Tensor, p: float | Tensor = 0.5, shape: Sequence[int] = ()) -> Tensor:
-    """Draws booleans which are True with probability ``p``: ``uniform(key, shape) < p``.
+    """Draws booleans that are True with probability ``p``: ``uniform(key, shape) < p``.
 
     Args:
         key: a key.
-        p: a number in ``[0, 1]``, or a tensor of such numbers which broadcasts to ``shape`` (not checked).
+        p: a number in ``[0, 1]``, or a tensor of such numbers that broadcasts to ``shape`` (not checked).
         shape: the shape of the result.
 
     Raises:
@@ -277,9 +278,9 @@ def bernoulli(key: Tensor, p: float | Tensor = 0.5, shape: Sequence[int] = ()) -
 
 
 def permutation(key: Tensor, n: int) -> Tensor:
-    """Draws a permutation of ``0 .. n-1``, int64: the order of ``n`` random words of 64 bits.
+    """Draws a permutation of ``0 .. n-1``, int64: the sorting order of ``n`` random words of 64 bits.
 
-    The sort is stable, so that the result is the same on every device. It does not equal JAX's permutation.
+    The sort is stable, so the result is the same on every device. It does not equal JAX's permutation.
 
     Raises:
         TypeError: ``key`` or ``n`` is of the wrong type.
@@ -294,11 +295,11 @@ def permutation(key: Tensor, n: int) -> Tensor:
 def _threefry(key: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     """Encrypts the 64-bit counters ``(0, count)`` with Threefry-2x32-20.
 
-    Words are int32 here: addition wraps as it does for uint32, and half the bytes of int64 are moved.
+    Words are int32 here: addition wraps as for uint32, and only half as many bytes are moved as with int64.
     """
     k0, k1 = key.to(torch.int32).unbind()
     schedule = (k0, k1, k0 ^ k1 ^ _PARITY)
-    # Already with the first of the sums below.
+    # This includes the first addition of the loop below.
     high, low = count + (k0 + k1), count + k1
     for i in range(5):
         for j, r in enumerate(_ROTATIONS[i % 2]):
@@ -313,7 +314,7 @@ def _threefry(key: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _threefry_in_place(k0: int, k1: int, count: _Words) -> tuple[_Words, _Words]:
-    """`_threefry` by NumPy, which has unsigned words, and takes half of torch's time or less on a CPU."""
+    """`_threefry` in NumPy, which has unsigned words and takes at most half of torch's time on a CPU."""
     schedule = (k0, k1, k0 ^ k1 ^ _PARITY)
     high, low = count + np.uint32((k0 + k1) & _WORD), count + np.uint32(k1)
     left = np.empty_like(low)
@@ -359,7 +360,7 @@ def _generate(key: Tensor, shape: Sequence[int], finish: Callable[[Tensor, Tenso
             raise ValueError(f"shape must not have negative sizes, got {tuple(shape)}")
     size = math.prod(shape)
 
-    if not torch.compiler.is_compiling() and size >= 1 << 31:  # a compiler would bound a size which is left open
+    if not torch.compiler.is_compiling() and size >= 1 << 31:  # when compiled, this would bound a dynamic size
         raise ValueError(f"one key draws fewer than 2**31 numbers, got shape {tuple(shape)}; split the key")
 
     if _is_plain(key):
@@ -369,13 +370,13 @@ def _generate(key: Tensor, shape: Sequence[int], finish: Callable[[Tensor, Tenso
         pieces = [finish(*(torch.from_numpy(word.view(np.int32)) for word in pair)) for pair in words]
         flat = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
     else:
-        # A compiler fuses the steps by itself, and a GPU prefers few large kernels.
+        # A compiler fuses the steps by itself, and a GPU is faster with few large kernels.
         flat = finish(*_threefry(key, torch.arange(size, dtype=torch.int32, device=key.device)))
     return flat.reshape((*shape, *flat.shape[1:]))
 
 
 def _is_plain(key: Tensor) -> bool:
-    """Whether the key's numbers can be looked at, and nothing that watches would miss the draw."""
+    """Whether the key's values can be read, and no tracer or transform needs to record the draw."""
     return (
         not is_transformed(key)
         and type(key) is Tensor
@@ -402,7 +403,7 @@ def _floats(
 
     def finish(high_word: Tensor, low_word: Tensor) -> Tensor:
         # JAX puts the top bits of a word into the mantissa of a number in [1, 2) and subtracts 1. The same
-        # bits, taken as an integer and scaled by a power of two, are the same number in fewer steps.
+        # bits, taken as an integer and scaled by a power of two, give the same number in fewer steps.
         if drawn == torch.float64:
             unit, mantissa = 2.0**-52, (_join(high_word, low_word) >> 12) & ((1 << 52) - 1)
         else:
@@ -414,7 +415,7 @@ def _floats(
 
 
 def _drawn(dtype: torch.dtype) -> torch.dtype:
-    """The type in which numbers of type ``dtype`` are drawn."""
+    """The type in which numbers are drawn before they are rounded to ``dtype``."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -434,7 +435,7 @@ def _unsigned(word: Tensor) -> Tensor:
 
 
 def _join(high: Tensor, low: Tensor) -> Tensor:
-    """Two words as one int64 of 64 bits."""
+    """Two words as the 64 bits of one int64."""
     return (high.to(torch.int64) << 32) | _unsigned(low)
 
 

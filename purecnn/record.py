@@ -1,7 +1,7 @@
-"""What each layer read, and what flowed back to it: one pass forward, and one back to the layers' outputs.
+"""Recording of each layer's input and of the gradient at its output: one forward pass, one backward pass.
 
-Both together determine the gradients of a layer's tensors image by image (`purecnn.per_sample`), and the Kronecker
-factors of its curvature (`purecnn.kfac`), without a list of what kinds of networks there are.
+Together they determine the gradients of a layer's tensors image by image (`purecnn.per_sample`), and the Kronecker
+factors of its curvature (`purecnn.kfac`), for any architecture.
 """
 
 from collections.abc import Callable, Mapping
@@ -35,22 +35,22 @@ class Use(NamedTuple):
     layer: Layer
     mode: Mode
     paths: dict[str, str]
-    """Where in the whole tree its parameters are, by name. A layer may borrow those of another."""
+    """Its parameters' paths in the whole tree, by name. A layer may use those of another layer."""
     names: tuple[str, ...]
-    """Of what is trained."""
+    """The names of the parameters that are trained."""
     x: Tensor
     y: Tensor
-    """Its output; and later what flows back to it."""
+    """Its output; in the result of `record`, the gradient with respect to its output."""
 
 
-# By names, because the compiler cannot subscript types in functions inside of functions.
+# Aliases, because the compiler cannot subscript types in nested functions.
 _Tensors: TypeAlias = list[Tensor]
 _Uses: TypeAlias = list[Use]
 _Ran: TypeAlias = tuple[Any, list[Use]]
 _After: TypeAlias = tuple[Any, Tree]
 _Objective: TypeAlias = tuple[Tensor, tuple[list[Tensor], Tensor, Any]]
 _Hook: TypeAlias = Callable[[Tree, tuple[str, ...], int], tuple[Tree, Tensor | None]]
-"""``hook(params, names, number) -> (params, shift)``: what a layer is to read, and what is added to its output."""
+"""``hook(params, names, number) -> (params, shift)``: the parameters for a layer, and what is added to its output."""
 
 
 class Recorded(NamedTuple):
@@ -59,22 +59,22 @@ class Recorded(NamedTuple):
     trained: _Leaves
     """The parameters that are trained, by path."""
     frozen: _Leaves
-    """The others."""
+    """The other parameters, by path."""
     state: Tree
-    """The network's statistics before."""
+    """The network's statistics before the run."""
     uses: list[Use]
-    """In the order in which the layers ran; ``y`` is the derivative of the sum of the losses by the output."""
+    """In the order in which the layers ran; ``y`` is the gradient of the sum of the losses at the output."""
     losses: Tensor
-    """Of each image: (batch,)."""
+    """The loss of each image: (batch,)."""
     outputs: Any
-    """The network's."""
+    """The network's outputs."""
 
     def parameters(self, use: Use) -> _Leaves:
-        """A layer's own, by name, trained or not."""
+        """A layer's parameters by name, trained or not."""
         return {name: (self.trained if path in self.trained else self.frozen)[path] for name, path in use.paths.items()}
 
     def gradients(self, use: Use, names: tuple[str, ...]) -> _Leaves:
-        """The gradients of some of a layer's tensors, image by image: (batch, ...)."""
+        """The per-sample gradients of some of a layer's tensors: (batch, ...)."""
         return _gradients(use, names, self.parameters(use), _at(self.state, use.mode.path))
 
 
@@ -89,17 +89,17 @@ def record(
     loss: Loss | None,
     trainable: Trainable | None,
 ) -> Recorded:
-    """Run the network once forward, and once backward as far as the layers' outputs.
+    """Run the network forward, and backward only as far as the layers' outputs, and record both.
 
-    Works under ``torch.func`` and in compiled code.
+    This works under ``torch.func`` and in compiled code.
 
     Args:
         model, params, state, batch, train, key, statistics, loss, trainable: see
             `purecnn.per_sample.clipped_gradient_sum`.
 
     Raises:
-        ValueError: if a layer's output does not have the batch as its first axis, or if parameters are used outside of
-            layers made by `purecnn.layers.parametric`.
+        ValueError: if the first axis of a layer's input or output is not the batch, if a layer computes with parameters
+            that are not in the tree, or if parameters are used outside of layers made by `purecnn.layers.parametric`.
     """
     images, labels = batch
     trained, frozen = partition(params, trainable)
@@ -110,14 +110,14 @@ def record(
         leaves = tree.flatten(params)
 
         def place(name: str, leaf: Tensor, path: str) -> str:
-            """Where in the whole tree a layer's parameter is: at the layer's path, or where it is borrowed from."""
+            """A parameter's path in the whole tree: at the layer's own path, or where the layer took it from."""
             own = f"{path}.{name}" if path else name
             if leaves.get(own) is leaf:
                 return own
             for other, each in leaves.items():
                 if each is leaf:
                     return other
-            raise ValueError(f"the layer {path!r} computes with other parameters than those of the tree")
+            raise ValueError(f"the layer {path!r} computes with a parameter {name!r} that is not in the tree")
 
         def around(layer: Layer, params: Tree, state: Tree, x: Any, mode: Mode) -> _After:
             paths = {name: place(name, leaf, mode.path) for name, leaf in params.items() if name in layer.names}
@@ -149,7 +149,7 @@ def record(
         uses, losses, outputs = _transformed(forward, losses_of, params, state, images, key)
     else:
         with torch.enable_grad():
-            # Layers see copies of what is trained. So what reaches the originals came around the layers.
+            # Layers get copies of the trained parameters. So a gradient at an original comes from a use outside layers.
             outer = {path: leaf.detach().requires_grad_() for path, leaf in trained.items()}
             outputs, uses = forward(tree.unflatten({**frozen, **outer}), state, images, key, _own)
             losses = losses_of(outputs)
@@ -179,7 +179,7 @@ def _transformed(
     images: Tensor,
     key: Tensor | None,
 ) -> tuple[list[Use], Tensor, Any]:
-    """Under ``torch.func``: the derivatives by zeros that are added to the outputs, whose shapes come first."""
+    """Under ``torch.func``: differentiate with respect to zeros added to the outputs; a meta run finds their shapes."""
 
     def meta(leaf: Tensor) -> Tensor:
         return torch.empty(leaf.shape, dtype=leaf.dtype, device="meta")
@@ -209,16 +209,16 @@ def _at(values: Mapping[str, Any], path: str) -> Tree:
 
 
 def rows(x: Tensor) -> Tensor:
-    """What a linear layer sees, (batch, ..., c) -> (batch, positions, c)."""
+    """The input or output of a linear layer with one axis of positions: (batch, ..., c) -> (batch, positions, c)."""
     return x[:, None] if x.ndim == 2 else x.flatten(1, -2)
 
 
 def operands(use: Use, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The matrices whose product, over positions, is the gradient of the weight of a convolution or a linear layer.
+    """The matrices whose product over positions is the gradient of the weight of a convolution or a linear layer.
 
     Returns:
-        What was read, patch by patch (batch, groups, positions, inputs), and what flowed back (batch, groups,
-        positions, outputs): the gradient of the weight of a group is ``signal' x``.
+        The input patches ``x`` (batch, groups, positions, inputs), and the gradient at the output, ``signal`` (batch,
+        groups, positions, outputs). The gradient of a group's weight is ``signal' x``.
     """
     kind = use.layer.kind
     if not isinstance(kind, Convolution):
@@ -238,7 +238,7 @@ def conv_weight(kind: Convolution, x: Tensor, weight: Tensor, signal: Tensor) ->
 
 
 def _gradients(use: Use, names: tuple[str, ...], params: Tree, state: Tree) -> _Leaves:
-    """The gradients of a layer's tensors, image by image: (batch, ...)."""
+    """The per-sample gradients of a layer's tensors: (batch, ...)."""
     layer, mode, x, signal = use.layer, use.mode, use.x, use.y
     rules: dict[str, Callable[[], Tensor]]
     match layer.kind:

@@ -18,13 +18,13 @@ __all__ = ["rematerialize"]
 
 
 class _Run:
-    """A function of trees as one of leaves. It remembers what comes out, which is known when it has run."""
+    """A function of trees as a function of leaves. It stores the structure of its outputs, known only after a run."""
 
     def __init__(self, function: Callable[..., tuple[Any, Any]], inputs: pytree.TreeSpec) -> None:
         self.function, self.inputs = function, inputs
         self.outputs: tuple[pytree.TreeSpec, pytree.TreeSpec] | None = None
         self.flowing = 0
-        """How many leaves the output has; after them come those that no gradient flows through."""
+        """The number of leaves of the output; the leaves that no gradient flows through come after them."""
 
     def __call__(self, *leaves: Tensor) -> tuple[Tensor, ...]:
         output, aside = self.function(*pytree.tree_unflatten(list(leaves), self.inputs))
@@ -63,7 +63,7 @@ class _Recompute(torch.autograd.Function):
             return tuple(found[i] for i in flowing)
 
         if torch._C._functorch.peek_interpreter_stack() is None and not torch.is_grad_enabled():
-            # Without what a further derivative would need.
+            # Without recording what a further derivative would need.
             with torch.enable_grad():
                 fresh = [leaves[i].detach().requires_grad_() for i in chosen]
                 pulled = torch.autograd.grad(outputs(*fresh), fresh, signals, allow_unused=True)
@@ -76,15 +76,15 @@ class _Recompute(torch.autograd.Function):
 
 
 def rematerialize(function: Callable[..., tuple[Any, Any]], *args: Any) -> tuple[Any, Any]:
-    """``function(*args)``, of which nothing but the arguments is kept for the backward pass.
+    """Call ``function(*args)``, and keep only the arguments for the backward pass.
 
-    The compiler has its own way to decide what is kept, and a forward derivative keeps nothing: there this is the
-    function itself.
+    The compiler decides by itself what to keep, and forward-mode differentiation keeps nothing: in both cases the
+    function is simply called.
 
     Args:
-        function: gives an output, and something that no gradient flows through, such as running statistics.
-        args: trees of tensors. All tensors that the function needs must be here, since under ``vmap`` it cannot
-            reach for others.
+        function: returns an output, and something that no gradient flows through, such as running statistics.
+        args: trees of tensors. They must contain all tensors that the function needs, because under ``vmap`` it cannot
+            use others from outside.
 
     >>> def function(x):
     ...     return torch.sin(torch.cos(x)), {}

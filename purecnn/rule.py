@@ -1,8 +1,8 @@
-"""From an update rule to an optimizer.
+"""Make an optimizer from an update rule.
 
 A `Rule` is written twice, side by side: as a *formula* for one parameter, which works under ``vmap``, ``grad`` and
-``torch.compile``, and as a *kernel* for many parameters, which is many times faster outside of them and works in place,
-on donated buffers or on copies. The two differ in rounding alone.
+``torch.compile``, and as a *kernel* for many parameters, which is many times faster outside of these transforms and
+works in place, on donated buffers or on copies. The two differ only in rounding.
 """
 
 import itertools
@@ -28,40 +28,40 @@ __all__ = [
 ]
 
 _BLOCK = 1 << 17
-"""Numbers in a block, half a megabyte in float32: the fastest of 2**15 to 2**20 in a trial."""
+"""Elements in a block, half a megabyte in float32: the fastest of 2**15 to 2**20 in a trial."""
 _DEVICE = operator.attrgetter("device")
 
 
 class Step(NamedTuple):
-    """What an update knows besides the tensors."""
+    """What an update uses besides the parameters' tensors."""
 
     rate: Tensor
     """The learning rate, a scalar."""
     time: Tensor
     """The number of this update, from 1: a scalar, int64."""
     decay: float
-    """The strength of the pull to zero on these parameters."""
+    """The weight decay of these parameters."""
 
 
 class Formula(Protocol):
-    """One parameter's new value and new moments."""
+    """Computes one parameter's new value and new moments."""
 
     def __call__(self, param: Tensor, grad: Tensor, moments: list[Tensor], step: Step) -> tuple[Tensor, ...]: ...
 
 
 class Kernel(Protocol):
-    """The formula for many parameters of one type on one device, in place; the gradients are left as they are."""
+    """Applies the formula in place to many parameters of one type on one device; the gradients do not change."""
 
     def __call__(self, params: list[Tensor], grads: list[Tensor], moments: list[list[Tensor]], step: Step) -> None: ...
 
 
 class Rule(NamedTuple):
-    """What tells one optimizer from another."""
+    """What distinguishes one optimizer from another."""
 
     formula: Formula
     kernel: Kernel
     moments: Mapping[str, float]
-    """What is remembered of each parameter, a tensor of its shape, and the value which that begins with."""
+    """The names of the tensors that are kept for each parameter, in its shape, and the values they start with."""
 
 
 def optimizer(
@@ -71,11 +71,11 @@ def optimizer(
     decay: Callable[[str], bool] | None,
     scale: Callable[[str], float] | None,
 ) -> Optimizer:
-    """The pair of functions that follows a rule; the arguments are those of `purecnn.optimizers.sgd`.
+    """The optimizer that follows a rule; the other arguments are those of `purecnn.optimizers.sgd`.
 
     Raises:
         ValueError: if the learning rate or ``weight_decay`` is a negative number; from ``update``, if the trees have
-            different names, the state is another optimizer's or the learning rate is no scalar.
+            different names, the state is another optimizer's or the learning rate is not a scalar.
     """
     if isinstance(learning_rate, (int, float)) and learning_rate < 0:
         raise ValueError(f"the learning rate must not be negative, found {learning_rate}")
@@ -85,7 +85,7 @@ def optimizer(
     formula, kernel, moments = rule
 
     def of_path(path: str) -> tuple[float, float]:
-        """The strength of the decay and the factor of the learning rate."""
+        """The weight decay and the factor of the learning rate."""
         return weight_decay if decay is None or decay(path) else 0.0, 1.0 if scale is None else scale(path)
 
     def init(params: Tree) -> Tree:
@@ -110,7 +110,7 @@ def optimizer(
         trees = [params, *(opt_state[name] for name in moments)]
         paths, columns = _columns(grads, *trees)
         fusible = _fusible(columns)
-        rate = current(chosen, opt_state["step"], None if fusible else time.device)  # kernels take numbers of the host
+        rate = current(chosen, opt_state["step"], None if fusible else time.device)  # kernels take a rate on the host
         if fusible and not is_transformed(rate):
             if not donate:
                 trees = [tree.map(torch.clone, each) for each in trees]
@@ -129,7 +129,7 @@ def optimizer(
                 strength, factor = of_path(path)
                 old = param, *others
                 found = formula(param, grad, others, Step(_scaled(rate, factor), time, strength))
-                # A scalar parameter, unlike others, would take the type of the rate.
+                # A scalar parameter, unlike others, would be promoted to the type of the rate.
                 new[path] = tuple(after.to(before.dtype) for after, before in zip(found, old, strict=True))
             trees = [tree.fill(each, {path: row[i] for path, row in new.items()}) for i, each in enumerate(trees)]
         return trees[0], {"step": time, **dict(zip(moments, trees[1:], strict=True))}
@@ -142,22 +142,22 @@ def _scaled(rate: Tensor, factor: float) -> Tensor:
 
 
 def _columns(grads: Tree, *trees: Tree) -> tuple[list[str], list[list[Tensor]]]:
-    """The paths, in the order of the second tree, that of the parameters; and each tree's leaves in that order."""
+    """The paths, in the order of the parameters (the second tree), and each tree's leaves in that order."""
     flat = [tree.flatten(each) for each in (grads, *trees)]
     paths = list(flat[1])
     for other in flat:
         if different := sorted(flat[1].keys() ^ other.keys()):
             raise ValueError(
-                f"params, grads and opt_state have different names: {', '.join(different[:5])} (a step's trainable is "
-                "also TrainState.start's)"
+                f"params, grads and opt_state have different names: {', '.join(different[:5])} (make_step and "
+                "TrainState.start need the same trainable)"
             )
     return paths, [list(map(each.__getitem__, paths)) for each in flat]
 
 
 def _fusible(columns: list[list[Tensor]]) -> bool:
-    """Whether the kernels can be used: nobody watches, and the memory is laid out as they need it.
+    """Whether the kernels can be used: no transform is active, and the memory is laid out as they need it.
 
-    Written with functions of C: a Python loop over the leaves takes longer than the kernel's start.
+    Written with C functions: a Python loop over the leaves takes longer than launching the kernel.
     """
     leaves = list(itertools.chain(*columns))
     if is_transformed(*leaves) or any(kind is not Tensor for kind in set(map(type, leaves))):
@@ -176,19 +176,19 @@ def _is_dense(leaf: Tensor) -> bool:
 
 
 def _like(grad: Tensor, param: Tensor) -> Tensor:
-    """The gradient in the parameter's type and layout: the kernels walk through memory without a look at strides."""
+    """The gradient in the parameter's type and layout: the kernels walk through memory and ignore strides."""
     same = grad.dtype == param.dtype and grad.stride() == param.stride()
     return grad if same else torch.empty_like(param).copy_(grad)
 
 
-# For rules ---------------------------------------------------------------------------------------------------
+# Helpers for rules -------------------------------------------------------------------------------------------
 
 
 def check_share(**values: float) -> None:
-    """That values are shares of a mean's memory.
+    """Check that values, such as decay rates of running means, are at least 0 and below 1.
 
     Raises:
-        ValueError: that names the first that is not.
+        ValueError: naming the first that is not.
     """
     for name, value in values.items():
         if not 0 <= value < 1:
@@ -196,10 +196,10 @@ def check_share(**values: float) -> None:
 
 
 def check_positive(**values: float) -> None:
-    """That values are positive.
+    """Check that values are positive.
 
     Raises:
-        ValueError: that names the first that is not.
+        ValueError: naming the first that is not.
     """
     for name, value in values.items():
         if not value > 0:
@@ -207,12 +207,12 @@ def check_positive(**values: float) -> None:
 
 
 def number(rate: Tensor) -> float | Tensor:
-    """A learning rate as torch's fused kernels take it: from a GPU it is not fetched, which would mean to wait."""
+    """A learning rate as torch's fused kernels take it: one on a GPU stays there, because fetching it would wait."""
     return float(rate) if rate.is_cpu else rate.float()
 
 
 def square_root(square: Tensor) -> Tensor:
-    """The square root, but with derivative 0 at 0, where no gradient has ever come: unrolled training gave nan."""
+    """The square root, with derivative 0 at 0, where no gradient has arrived yet: else unrolled training gives NaN."""
     still = square == 0
     return torch.where(still, 0.0, torch.where(still, 1.0, square).sqrt())
 
@@ -226,9 +226,9 @@ def descend(params: list[Tensor], directions: list[Tensor], rate: Tensor) -> Non
 
 
 def blockwise(kernel: Kernel, block: int = _BLOCK) -> Kernel:
-    """On a CPU, call a kernel that treats each number by itself on one block of memory after the other.
+    """On a CPU, call an elementwise kernel on one block of memory after the other.
 
-    A kernel made of several operations reads its memory again for each. What fits into the cache is read once.
+    A kernel made of several operations reads its memory once for each; a block that fits into the cache is read once.
     """
 
     def in_blocks(params: list[Tensor], grads: list[Tensor], moments: list[list[Tensor]], step: Step) -> None:
@@ -236,7 +236,7 @@ def blockwise(kernel: Kernel, block: int = _BLOCK) -> Kernel:
             kernel(params, grads, moments, step)
             return
         for row in zip(params, grads, *moments, strict=True):
-            # All leaves of a row are dense and have the same strides, so their numbers lie in the same order.
+            # All leaves of a row are dense and have the same strides, so their elements lie in the same order.
             flat = (leaf.as_strided((leaf.numel(),), (1,)).split(block) for leaf in row)
             for param, grad, *others in zip(*flat, strict=True):
                 kernel([param], [grad], [[other] for other in others], step)

@@ -1,7 +1,7 @@
 """Learning rates as functions of the step.
 
-A schedule takes the number of updates made so far, a scalar integer tensor, and gives a scalar float32 tensor.
-It is computed in tensor operations, so that it compiles without a new graph for every step, and maps over an
+A schedule takes the number of updates made so far, a scalar integer tensor, and returns a scalar float32 tensor.
+It uses tensor operations, so that it compiles without a new graph for every step and can be mapped over an
 ensemble. Schedules of several phases are compositions: ``warmup(5, cosine(0.1, 95))``.
 """
 
@@ -29,7 +29,7 @@ def _half_cosine(start: float, end: float, progress: Tensor) -> Tensor:
 
 
 def constant(value: float) -> Schedule:
-    """The same at every step.
+    """The same learning rate at every step.
 
     >>> float(constant(0.5)(torch.tensor(7)))
     0.5
@@ -42,8 +42,8 @@ def step_decay(initial: float, every: int, factor: float = 0.1) -> Schedule:
 
     Args:
         initial: the first learning rate.
-        every: steps from one change to the next.
-        factor: of each change.
+        every: number of steps from one change to the next.
+        factor: multiplies the learning rate at each change.
 
     Raises:
         ValueError: if ``every`` is less than 1.
@@ -57,11 +57,11 @@ def step_decay(initial: float, every: int, factor: float = 0.1) -> Schedule:
 
 
 def piecewise(initial: float, factors: Mapping[int, float]) -> Schedule:
-    """``initial``, and from each of some steps on another share of it.
+    """Piecewise constant: ``initial``, multiplied by another factor from each of the given steps on.
 
     Args:
         initial: the first learning rate.
-        factors: from the number of a step to the share of ``initial`` from there on, not of the rate before.
+        factors: from the number of a step to the factor from there on, of ``initial``, not of the previous rate.
 
     >>> schedule = piecewise(1.0, {50: 0.1, 75: 0.01})
     >>> [round(float(schedule(torch.tensor(step))), 3) for step in (0, 49, 50, 75, 100)]
@@ -78,11 +78,11 @@ def piecewise(initial: float, factors: Mapping[int, float]) -> Schedule:
 
 
 def cosine(initial: float, steps: int, final: float = 0.0) -> Schedule:
-    """Half a cosine from ``initial`` at step 0 to ``final`` at ``steps`` and after (arXiv:1608.03983, equation 5).
+    """Half a cosine from ``initial`` at step 0 to ``final`` from step ``steps`` on (arXiv:1608.03983, equation 5).
 
     Args:
         initial: the first learning rate.
-        steps: how many updates the fall takes.
+        steps: number of updates from ``initial`` to ``final``.
         final: the last learning rate.
 
     Raises:
@@ -99,18 +99,18 @@ def cosine(initial: float, steps: int, final: float = 0.0) -> Schedule:
 def one_cycle(
     peak: float, steps: int, *, warm: float = 0.3, start_divisor: float = 25.0, final_divisor: float = 1e4
 ) -> Schedule:
-    """Up to ``peak`` and down again, on two half cosines (Smith and Topin, arXiv:1708.07120).
+    """Rise to ``peak`` and fall again, each along half a cosine (Smith and Topin, arXiv:1708.07120).
 
-    It starts at ``peak / start_divisor``, peaks at ``warm * steps - 1``, and is ``peak / start_divisor /
-    final_divisor`` at the last step, number ``steps - 1``, and after. The values are those of
-    ``torch.optim.lr_scheduler.OneCycleLR``; the momentum does not move.
+    The rate starts at ``peak / start_divisor``, peaks at step ``warm * steps - 1``, and is ``peak / start_divisor /
+    final_divisor`` from the last step, number ``steps - 1``, on. The values are those of
+    ``torch.optim.lr_scheduler.OneCycleLR``; the momentum does not change.
 
     Args:
         peak: the largest learning rate.
-        steps: updates of the whole cycle.
+        steps: number of updates in the cycle.
         warm: share of them in which the rate rises.
-        start_divisor: ``peak`` over the first rate.
-        final_divisor: the first rate over the last one.
+        start_divisor: ``peak`` divided by the first rate.
+        final_divisor: the first rate divided by the last one.
 
     Raises:
         ValueError: unless ``0 < warm < 1`` and the rise and the fall both take some time.
@@ -130,13 +130,13 @@ def one_cycle(
 
 
 def warmup(steps: int, then: float | Schedule, start: float = 0.0) -> Schedule:
-    """Rise in a straight line for ``steps`` steps, from ``start`` to where ``then`` begins; then follow ``then``.
+    """Rise linearly for ``steps`` steps, from ``start`` to the first value of ``then``; afterwards follow ``then``.
 
-    ``then`` counts from the end of the rise (Goyal et al., arXiv:1706.02677, section 2.2).
+    ``then`` counts its steps from the end of the rise (Goyal et al., arXiv:1706.02677, section 2.2).
 
     Args:
-        steps: updates of the rise.
-        then: the schedule after it, or a learning rate.
+        steps: number of updates in the rise.
+        then: the schedule after the rise, or a constant learning rate.
         start: the first learning rate.
 
     Raises:
@@ -150,7 +150,7 @@ def warmup(steps: int, then: float | Schedule, start: float = 0.0) -> Schedule:
     after = then if callable(then) else constant(then)
 
     def schedule(step: Tensor) -> Tensor:
-        # Before the end of the rise this is the value it rises to.
+        # During the rise, this is the value that it ends at.
         target = after((step - steps).clamp(min=0))
         return torch.lerp(torch.full_like(target, start), target, (step / steps).clamp(max=1))
 

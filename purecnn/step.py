@@ -27,31 +27,31 @@ from purecnn.tree import Tree
 __all__ = ["Batch", "Metrics", "Step", "TrainState", "Trainable", "loss_function", "make_step", "partition"]
 
 Batch = tuple[Tensor, Tensor]
-"""Images (batch, channels, height, width), and of each the index of its class (batch,), int64, or its share of each
-class (batch, classes)."""
+"""Images (batch, channels, height, width), and their labels: class indices (batch,), int64, or class probabilities
+(batch, classes)."""
 Trainable = Callable[[str], bool]
-"""Whether a parameter is trained, by its path, such as ``lambda path: path.startswith("head.")``."""
+"""Whether the parameter at a path is trained, for example ``lambda path: path.startswith("head.")``."""
 
 NO_LAYOUT: dict[str, Any] = {"layout_optimization": False}
-"""For the compiler of gradients on a CPU: it would turn the weights of all convolutions to channels last in each step,
-which costs more than it gives there (``docs/performance.md``)."""
+"""Options of ``torch.compile`` on a CPU: layout optimisation would convert all convolution weights to channels last in
+every step, which costs more than it gains there (``docs/performance.md``)."""
 
-# By names, because the compiler cannot subscript types in functions inside of functions.
+# Aliases, because the compiler cannot subscript types in nested functions.
 _Leaves: TypeAlias = dict[str, Tensor]
 _Objective: TypeAlias = tuple[Tensor, tuple[Tree, Tensor, Tensor]]
 _After: TypeAlias = tuple[Any, Tree]
 
 
 class TrainState(NamedTuple):
-    """All that a training step changes."""
+    """Everything that a training step changes."""
 
     params: Tree
     state: Tree
     opt_state: Tree
     step: Tensor
-    """How many steps were made: a scalar, int64."""
-    extra: Tree = {}  # noqa: RUF012, nobody writes into it
-    """What some steps keep besides: ``"average"``, a moving average of parameters and statistics, and
+    """The number of steps made: a scalar, int64."""
+    extra: Tree = {}  # noqa: RUF012, never written to
+    """What some steps keep in addition: ``"average"``, a moving average of parameters and statistics, and
     ``"loss_scale"``."""
 
     @classmethod
@@ -65,17 +65,17 @@ class TrainState(NamedTuple):
         policy: Policy | None = None,
         average: bool = False,
     ) -> "TrainState":
-        """Before the first step.
+        """The train state before the first step.
 
         Args:
             params, state: the network's.
             optimizer: the update rule.
             trainable: as in `make_step`.
             policy: as in `make_step`.
-            average: begin a moving average, for a step with an ``average``; of 16-bit numbers in 32 bits.
+            average: start a moving average, for a step with ``average``; float16 and bfloat16 are averaged in float32.
 
         Raises:
-            ValueError: if no parameter is to be trained.
+            ValueError: if ``trainable`` chooses no parameter.
         """
         if policy is not None:
             params = policy.keep(params)
@@ -85,13 +85,13 @@ class TrainState(NamedTuple):
         if average:
             extra["average"] = tree.map(_long, {"params": params, "state": state})
         if policy is not None and policy.scaled:
-            # As torch.amp.GradScaler begins.
+            # The initial scale of torch.amp.GradScaler.
             extra["loss_scale"] = {"scale": torch.full_like(step, 2**16, dtype=torch.float32), "good": step.clone()}
         return cls(params, state, optimizer.init(tree.unflatten(trained)), step, extra)
 
     @property
     def averaged(self) -> tuple[Tree, Tree]:
-        """The parameters and statistics to evaluate: the moving average's if there is one."""
+        """The parameters and statistics to evaluate: those of the moving average if there is one."""
         if "average" not in self.extra:
             return self.params, self.state
         average = self.extra["average"]
@@ -99,12 +99,12 @@ class TrainState(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """What a step says of its batch. Tensors, so that nothing waits for an accelerator unless someone looks."""
+    """What a step measured on its batch, as tensors, so that nothing waits for an accelerator until a value is read."""
 
     loss: Tensor
-    """What was minimised: the mean over the batch, with smoothing and auxiliary heads."""
+    """The minimised loss: the mean over the batch, with label smoothing and auxiliary heads."""
     correct: Tensor
-    """How many images have the largest logit at their label."""
+    """The number of images whose largest logit is that of their label."""
 
 
 class Step(Protocol):
@@ -118,15 +118,15 @@ class Step(Protocol):
 def loss_function(
     outputs: Tensor | Outputs, labels: Tensor, *, label_smoothing: float = 0.0, aux_weight: float = 0.3
 ) -> Tensor:
-    """Cross-entropy, the mean over the batch; auxiliary heads' are added with a weight.
+    """The mean cross-entropy over the batch, plus ``aux_weight`` times that of each auxiliary head.
 
     ``-sum_c q_c log softmax(logits)_c`` with ``q = (1 - label_smoothing) onehot(label) + label_smoothing / classes``.
 
     Args:
         outputs: logits (batch, classes), or `Outputs`.
-        labels: (batch,), int64, or shares (batch, classes) in place of ``onehot(label)``.
+        labels: (batch,), int64, or class probabilities (batch, classes) in place of ``onehot(label)``.
         label_smoothing: Szegedy et al., arXiv:1512.00567, section 7.
-        aux_weight: of each auxiliary head; 0.3 is GoogLeNet's (arXiv:1409.4842, section 5).
+        aux_weight: weight of each auxiliary head; GoogLeNet's is 0.3 (arXiv:1409.4842, section 5).
     """
     if not isinstance(outputs, Outputs):
         return F.cross_entropy(outputs, labels, label_smoothing=label_smoothing)
@@ -153,41 +153,43 @@ def make_step(
     compile: bool | None = None,
     donate: bool = False,
 ) -> Step:
-    """The training step ``(train_state, batch, key) -> (train_state, metrics)``, a pure function.
+    """Make the training step ``(train_state, batch, key) -> (train_state, metrics)``, a pure function.
 
     It can be mapped over an ensemble with ``vmap`` and compiled with ``torch.compile(step, fullgraph=True)``. In a
-    process group (`purecnn.distributed`) each process gives its part of the batch, and all get the same train state.
+    process group (`purecnn.distributed`) each process passes its part of the batch, and all get the same train state.
 
     Args:
         model: the network.
         optimizer: the update rule.
         loss: of outputs and labels; by default the network's own if it has one, else `loss_function`.
         label_smoothing: see `loss_function`.
-        aux_weight: see `loss_function`; a loss of the network's own has its own weights.
-        trainable: which parameters to train; by default all. The others stay as they are, and no gradient is
+        aux_weight: see `loss_function`; a network's own loss has its own weights.
+        trainable: which parameters to train; by default all. The others do not change, and no gradient is
             computed for them.
-        statistics: what batch normalisation uses: the batch's, or ``"running"`` ones, which then stay frozen, or
-            ``"global"``, those of all processes' batches.
-        policy: types of numbers; with half precision the loss is scaled, and a step whose gradients are infinite
-            changes nothing but the scale, and is counted.
-        accumulate: work through the batch in so many parts, one after the other, for less memory; in fewer if it has
-            fewer images. The gradient is that of the whole; batch normalisation sees the parts.
-        average: keep a moving average of parameters and statistics, ``a += (1 - d) * (p - a)`` where d rises to this
-            number, ``min(average, (1 + step) / (10 + step))``, as TensorFlow's ``ExponentialMovingAverage`` does.
-        remat: see `Model.apply`. A compiler decides by itself what it keeps, so by default nothing is compiled then.
-        augment: from images as they are stored to what the network sees; part of the step (`purecnn.augment`).
+        statistics: what batch normalisation uses: the statistics of the batch (``"batch"``), the running ones, which
+            then do not change (``"running"``), or those of all processes' batches together (``"global"``).
+        policy: number types. With float16 the loss is scaled, and a step whose gradients are not finite changes only
+            the loss scale, but is counted.
+        accumulate: split the batch into this many parts and process them one after the other, for less memory; fewer
+            parts if there are fewer images. The gradient is that of the whole batch, but batch normalisation sees one
+            part at a time.
+        average: keep a moving average of parameters and statistics, ``a += (1 - d) * (p - a)`` with
+            ``d = min(average, (1 + step) / (10 + step))``, as TensorFlow's ``ExponentialMovingAverage`` does.
+        remat: see `Model.apply`. The compiler decides by itself what to keep, so with ``remat``, ``compile`` is off by
+            default.
+        augment: maps the stored images to the network's input, as part of the step (`purecnn.augment`).
         compile: compile the gradient with ``torch.compile``; by default if the parameters are on a GPU.
-        donate: overwrite the buffers of the train state's parameters and optimizer state, instead of copying
-            them: faster, but that train state must not be used again. On a CPU, the memory of the gradients is kept
-            from one step to the next, too.
+        donate: overwrite the buffers of the train state's parameters and optimizer state instead of copying
+            them: faster, but that train state must not be used again. On a CPU, the gradients' memory is also kept
+            until the next step.
 
     Returns:
-        The step. Its key may be that of the whole training: the step's number is folded into it. A network
-        that draws no random numbers needs none. Like all here it can be differentiated: parameters that require a
-        gradient give a train state that does, and that remembers all steps.
+        The step. Its key may be the same for the whole training: the step number is folded into it. A network
+        that draws no random numbers needs no key, unless there is ``augment``. The step is differentiable: if the
+        parameters require gradients, so does the new train state, and its graph goes back through all steps.
 
     Raises:
-        ValueError: if settings do not go together.
+        ValueError: if a setting is out of range, or settings contradict each other.
     """
     if accumulate < 1:
         raise ValueError(f"accumulate must be at least 1, found {accumulate}")
@@ -207,12 +209,12 @@ def make_step(
 
     gradient = _gradient(network, minimised, augment, statistics, remat)
 
-    @functools.cache  # at the first use: to import the compiler takes seconds
+    @functools.cache  # on first use: importing the compiler takes seconds
     def compiled(on_cpu: bool) -> Callable[..., tuple[_Leaves, Tree, Metrics]]:
         return torch.compile(gradient, fullgraph=True, options=NO_LAYOUT if on_cpu else None)
 
-    # The last gradients stay until the next step begins. If they were freed after the update, the C library would give
-    # their memory back to the system, and the next step would lose up to a tenth of its time to get it again.
+    # The last gradients are kept until the next step begins. If they were freed after the update, the C library would
+    # return their memory to the system, and the next step would spend up to a tenth of its time getting it back.
     spare: list[Tensor] = []
 
     def step(train_state: TrainState, batch: Batch, key: Tensor | None = None) -> tuple[TrainState, Metrics]:
@@ -220,14 +222,14 @@ def make_step(
         if count.ndim:
             raise ValueError(f"a train state of {len(count)} members is for purecnn.ensembles.make_ensemble_step")
         trained, frozen = partition(params, trainable)
-        # Compilation is for the outermost function: inside another's it is superfluous, inside vmap impossible.
+        # Only the outermost function is compiled: inside another compilation it is superfluous, inside vmap impossible.
         wanted = count.is_cuda and not remat if compile is None else compile
         run = compiled(count.is_cpu) if wanted and not is_transformed() else gradient
         spare.clear()
         if scaled and "loss_scale" not in extra:
             raise ValueError("the loss has no scale yet: begin with TrainState.start(..., policy=policy)")
         if average is None and "average" in extra:
-            raise ValueError("the train state keeps an average, which this step would leave behind: give average=")
+            raise ValueError("the train state keeps an average, which this step would not update: give average=")
         scale = extra["loss_scale"]["scale"] if scaled else None
         many = distributed.world_size() > 1
         part = distributed.share(len(batch[1]), count.device) if many else None
@@ -237,16 +239,16 @@ def make_step(
             grads, after, metrics = run(trained, frozen, state, batch, key, (count,), scale)
         else:
             parts = min(accumulate, max(len(batch[1]), 1))
-            if statistics == "global":  # each part's are of all processes
+            if statistics == "global":  # every part takes all processes, so their numbers must agree
                 parts = distributed.least(parts)
             grads, after, metrics = _accumulated(run, trained, frozen, state, batch, key, count, scale, parts)
         if part is not None:
-            # Statistics of all are the same everywhere, and frozen ones stay.
+            # Global statistics are the same in all processes already, and running ones do not change.
             differs = after if statistics == "batch" else {}
             grads, differs, metrics = _joined(grads, differs, metrics, part)
             after = differs or after
 
-        # The tree's order, in which the updated parameters are put together again.
+        # The tree's order, in which the updated parameters are reassembled.
         order = tree.flatten(params) if frozen else trained
         finite = None
         if not scaled:
@@ -273,7 +275,7 @@ def _gradient(
     statistics: Literal["batch", "running", "global"],
     remat: bool,
 ) -> Callable[..., tuple[_Leaves, Tree, Metrics]]:
-    """The gradient of a batch's loss by what is trained, the statistics after it, and its metrics."""
+    """The function that gives a batch's gradient by the trained parameters, its new statistics and its metrics."""
 
     def gradient(
         trained: _Leaves,
@@ -306,8 +308,8 @@ def _gradient(
         if is_transformed(*inputs) or torch.is_inference_mode_enabled():
             grads, (_, (after, correct, value)) = torch.func.grad_and_value(objective, has_aux=True)(trained)
             return grads, after, Metrics(value, correct)
-        # torch.func keeps what a second derivative would need, which takes up to a tenth of a step's time. Where
-        # nobody differentiates or maps the step, torch.autograd does the same without.
+        # torch.func keeps what a second derivative would need, which takes up to a tenth of a step's time. If the step
+        # is neither differentiated nor mapped, torch.autograd does the same without this overhead.
         with torch.enable_grad():
             leaves = {path: leaf.detach().requires_grad_() for path, leaf in trained.items()}
             total, (after, correct, value) = objective(leaves)
@@ -328,7 +330,7 @@ def _accumulated(
     scale: Tensor | None,
     parts: int,
 ) -> tuple[_Leaves, Tree, Metrics]:
-    """The gradient of a batch, part by part."""
+    """The gradient of a batch, accumulated over its parts."""
     images = len(batch[1])
     chunks = list(zip(*(each.tensor_split(parts) for each in batch), strict=True))
     total: _Leaves = {}
@@ -336,7 +338,8 @@ def _accumulated(
     for i, chunk in enumerate(chunks):
         share = len(chunk[1]) / max(images, 1)
         counts = (count, torch.full_like(count, i))
-        # Before the gradient is taken, since through global statistics it is that of others' losses, too.
+        # The loss is weighted, not the gradient, because through global statistics this gradient also contains other
+        # processes' losses.
         weight = torch.full((), share, dtype=torch.float64, device=count.device)
         grads, state, metrics = run(
             trained, frozen, state, chunk, key, counts, weight if scale is None else weight * scale
@@ -347,7 +350,7 @@ def _accumulated(
 
 
 def _joined(grads: _Leaves, state: Tree, metrics: Metrics, part: Tensor) -> tuple[_Leaves, Tree, Metrics]:
-    """Gradients, statistics and metrics of all processes; gradients have been scaled by ``part`` already."""
+    """Gradients, statistics and metrics, joined from all processes; gradients are already scaled by ``part``."""
     flat = tree.flatten(state)
     shares = {path: leaf * part.to(leaf.dtype) for path, leaf in flat.items() if leaf.is_floating_point()}
     mine = {
@@ -370,9 +373,9 @@ def _unless_infinite(
     states: tuple[Tree, Tree],
     scaling: Tree,
 ) -> tuple[Tensor, Tree, Tree, Tree, Tree]:
-    """Whether all gradients of a scaled loss are finite, and the update. If not, all stays and the scale is halved.
+    """Whether all gradients of a scaled loss are finite, and the update. If not, only the scale changes: it is halved.
 
-    It is doubled after 2,000 good steps, as in torch.amp.GradScaler.
+    The scale is doubled after 2,000 good steps, as in torch.amp.GradScaler.
     """
     scale, good = scaling["scale"], scaling["good"]
     grads = {path: grad / scale for path, grad in grads.items()}
@@ -393,7 +396,7 @@ def _unless_infinite(
 
 
 def _long(leaf: Tensor) -> Tensor:
-    """A copy, of 16 bits in 32: in short numbers an average's small steps would be lost."""
+    """A copy, with float16 and bfloat16 as float32: in 16 bits an average's small steps would be lost."""
     return leaf.to(torch.float32 if leaf.dtype in (torch.float16, torch.bfloat16) else leaf.dtype, copy=True)
 
 
@@ -401,7 +404,7 @@ def _averaged(extra: Tree, params: Tree, state: Tree, decay: float, count: Tenso
     if "average" not in extra:
         raise ValueError("there is no average yet: begin with TrainState.start(..., average=True)")
     weight = 1 - ((1 + count) / (10 + count)).clamp(max=decay)
-    if finite is not None:  # a step that changes nothing moves no average
+    if finite is not None:  # a step that changes nothing does not move the average
         weight = weight * finite
 
     def nearer(mean: Tensor, leaf: Tensor) -> Tensor:
@@ -411,10 +414,10 @@ def _averaged(extra: Tree, params: Tree, state: Tree, decay: float, count: Tenso
 
 
 def partition(params: Tree, trainable: Trainable | None) -> tuple[_Leaves, _Leaves]:
-    """The leaves to train and the others, by path.
+    """Split parameters into the leaves to train and the others, both by path.
 
     Raises:
-        ValueError: if there are none to train.
+        ValueError: if ``trainable`` chooses no leaf.
     """
     leaves = tree.flatten(params)
     if trainable is None:

@@ -1,4 +1,4 @@
-"""What a network is made of: shapes, parameters and multiplications, layer by layer."""
+"""Summaries of networks: output shapes, parameters and multiplications, layer by layer."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -22,16 +22,16 @@ class Row:
     path: str
     """Empty for the whole network."""
     output: tuple[int, ...]
-    """Shape of what it gives for one image, without the batch: channels, height, width."""
+    """Shape of its output for one image, without the batch axis: channels, height, width."""
     parameters: int
     macs: int
-    """Multiplications of convolutions and linear layers for one image; auxiliary heads do not count."""
+    """Multiplications in convolutions and linear layers for one image; auxiliary heads do not count."""
 
 
 def summarize(model: Model, image_size: int | None = None) -> list[Row]:
-    """The whole network first, then every named layer as it ends: stem, stages, head and what is in them.
+    """One row for the whole network, then one for each named layer (stem, stages, head and their parts) as it ends.
 
-    Nothing is computed but shapes.
+    Only shapes are computed.
 
     Args:
         model: the network.
@@ -47,7 +47,8 @@ def summarize(model: Model, image_size: int | None = None) -> list[Row]:
     size = image_size or model.image_size
     params, state = model.spec()
     ends: list[tuple[str, tuple[int, ...] | None, int]] = []
-    """Of each layer, and of each tensor's user without a name of its own, which then has no shape."""
+    """Path, output shape and operations so far, of each named layer; and with None for the shape, of each layer that
+    has tensors, which may have no name."""
     with _Counter() as counter:
 
         def tap(path: str, x: Any, y: Tensor) -> Tensor:
@@ -55,7 +56,7 @@ def summarize(model: Model, image_size: int | None = None) -> list[Row]:
             return y
 
         def around(layer: Layer, params: Tree, state: Tree, x: Any, mode: Mode) -> tuple[Any, Tree]:
-            if isinstance(layer.kind, Normalization):  # multiplies, too, but torch's formulas do not count it
+            if isinstance(layer.kind, Normalization):  # it multiplies, too, but torch's formulas do not count that
                 return x, state
             y, after = layer.apply(params, state, x, mode)
             ends.append((mode.path, None, counter.flops))
@@ -69,14 +70,14 @@ def summarize(model: Model, image_size: int | None = None) -> list[Row]:
     for i, (path, shape, flops) in enumerate(ends):
         if shape is None:
             continue
-        # A layer's own layers end just before it does: what ended before them is what it began from.
+        # The layers inside a layer end just before it does, so it started at the count of the last one outside of it.
         before = next((f for other, _, f in reversed(ends[:i]) if not f"{other}.".startswith(f"{path}.")), 0)
         rows.append(Row(path, shape, tree.size(_inside(params, path)), (flops - before) // 2))
     return rows
 
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts by torch's formulas. Its own ``FlopCounterMode`` tries to take each operator apart, in twice the time."""
+    """Counts by torch's formulas. ``FlopCounterMode`` also tries to decompose each operator, which doubles the time."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -3,7 +3,7 @@
     fitted = fit(model, optimizer, train, test, epochs=10, key=key)
     params, state = fitted.train_state.averaged
 
-Nothing here writes files or looks at the world; that is the command line's. The step itself is `purecnn.step`'s.
+Nothing here reads or writes files; the command line does that. The step itself is in `purecnn.step`.
 """
 
 import itertools
@@ -43,36 +43,36 @@ __all__ = [
 
 
 class Evaluation(NamedTuple):
-    """How a network does on a set of images."""
+    """A network's results on a set of images."""
 
     loss: float
     """Mean cross-entropy, or the mean of the network's own loss."""
     accuracy: float
-    """Share of the images whose largest logit is at their label."""
+    """Share of the images whose largest logit is that of their label."""
     confusion: Tensor
-    """Numbers of images by true (row) and predicted class (column): (classes, classes), int64, on the CPU."""
+    """Number of images by true class (row) and predicted class (column): (classes, classes), int64, on the CPU."""
 
     @property
     def class_accuracy(self) -> Tensor:
-        """Share of each class's images that are recognised: (classes,); nan for a class without images."""
+        """Share of each class's images that are classified correctly: (classes,); NaN for a class without images."""
         return self.confusion.diagonal() / self.confusion.sum(1)
 
 
 def evaluate(
     model: Model, params: Tree, state: Tree, batches: Iterable[Batch], *, policy: Policy | None = None
 ) -> Evaluation:
-    """Run the network in evaluation mode over batches, which are brought to the parameters' device.
+    """Evaluate the network on batches, which are moved to the parameters' device.
 
-    In a process group each process gives its part of the images, and all get the result of all.
+    In a process group each process passes its part of the images, and all get the result for all images.
 
     Args:
         model: the network.
         params, state: its parameters and statistics.
-        batches: images, and the index of the class of each.
-        policy: types of numbers.
+        batches: images and their class indices.
+        policy: number types.
 
     Raises:
-        ValueError: if there is no batch, or a label is no class.
+        ValueError: if there is no batch, or a label is not a class index.
     """
     device = tree.device(params)
     network = model.apply if policy is None else lambda *args: policy.apply(model, *args)
@@ -85,13 +85,13 @@ def evaluate(
         for images, labels in batches:
             images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             if labels.is_floating_point():
-                raise ValueError(f"to evaluate takes the index of each class, found labels of {labels.dtype}")
+                raise ValueError(f"evaluate takes class indices as labels, found {labels.dtype}")
             logits, _ = network(params, state, images)
             losses.append(loss(logits, labels).double() * len(labels))
             count += len(labels)
             places.append(torch.stack([labels, logits.argmax(1)]).flatten(1))
             classes = logits.shape[1]
-    # In a process group there may be no picture for one of the processes, which then knows no number of classes.
+    # In a process group, a process may get no images; then it does not know the number of classes.
     seen = distributed.total({"": torch.tensor([classes > 0, classes], dtype=torch.int64, device=device)})[""].tolist()
     if not seen[0]:
         raise ValueError("there is no batch to evaluate")
@@ -108,41 +108,41 @@ def evaluate(
 
 
 class Epoch(NamedTuple):
-    """One row of the history of a training."""
+    """One row of a training's history."""
 
     epoch: int
     """From 1."""
     train_loss: float
-    """Mean of what was minimised, over the epoch's images as the steps saw them."""
+    """Mean of the minimised loss over the epoch's images, as measured by the steps."""
     train_accuracy: float
     test_loss: float
     test_accuracy: float
     learning_rate: float
-    """Of the epoch's first step."""
+    """That of the epoch's first step."""
     seconds: float
-    """Training and evaluation."""
+    """Duration of training and evaluation."""
 
 
 class Position(NamedTuple):
-    """Where a training stands: with the same arguments, `fit` goes on from here as if it had never stopped."""
+    """The progress of a training: with the same arguments, `fit` continues from it as if it had never stopped."""
 
     train_state: TrainState
     epoch: int
-    """Of the next step, from 1."""
+    """The epoch of the next step, from 1."""
     batch: int
-    """Steps made in this epoch."""
+    """Number of steps made in this epoch."""
     sums: Tensor
-    """Of this epoch's images: losses, and how many were right and how many there were: (3,), float64."""
+    """Over this epoch's images so far: sum of losses, number classified correctly, number of images: (3,), float64."""
     seconds: float
-    """Spent in this epoch."""
+    """Time spent in this epoch."""
     history: tuple[Epoch, ...]
-    """The epochs before."""
+    """The finished epochs."""
     learning_rate: float | None = None
-    """Of this epoch's first step; None before it."""
+    """That of this epoch's first step; None before it."""
 
     @classmethod
     def start(cls, train_state: TrainState) -> "Position":
-        """Before the first epoch."""
+        """The position before the first epoch."""
         return cls(train_state, 1, 0, torch.zeros(3, dtype=torch.float64, device=train_state.step.device), 0.0, ())
 
 
@@ -152,33 +152,33 @@ class Fitted(NamedTuple):
     train_state: TrainState
     """After the last step."""
     best: TrainState | None
-    """After the epoch with the highest test accuracy; of equals, the one with the lowest test loss. None if it lies
-    before the position that the training went on from."""
+    """After the epoch with the highest test accuracy (among equals, the one with the lowest test loss). None if that
+    epoch lies before the position from which the training continued."""
     history: tuple[Epoch, ...]
     stopped: bool
-    """Whether ``on_step`` ended it early."""
+    """Whether ``on_step`` ended the training early."""
 
     @property
     def best_epoch(self) -> Epoch:
-        """The row of `best`."""
+        """The best epoch's row of the history."""
         return max(self.history, key=_merit)
 
 
 class DivergedError(ArithmeticError):
-    """The loss is infinite or not a number."""
+    """The loss is infinite or NaN."""
 
     def __init__(
         self, message: str, epoch: int, step: int, train_state: TrainState, history: tuple[Epoch, ...]
     ) -> None:
         super().__init__(message)
         self.epoch = epoch
-        """In which epoch, from 1."""
+        """The epoch, from 1."""
         self.step = step
-        """How many steps had been made before the one that failed."""
+        """Number of steps made before the one that failed."""
         self.train_state = train_state
-        """The last good one: after the epoch before, or from the start."""
+        """The last good one: after the previous epoch, or from the start."""
         self.history = history
-        """The epochs before."""
+        """The finished epochs."""
 
 
 def fit(
@@ -201,10 +201,10 @@ def fit(
 ) -> Fitted:
     """Train for some epochs, with an evaluation after each.
 
-    A function of its arguments: everything random comes from ``key``. It writes no files; what should happen on the
-    way is up to the callbacks.
+    The result depends only on the arguments: everything random comes from ``key``. No files are written; use the
+    callbacks for logs and checkpoints.
 
-    A fine-tune starts from given parameters with a fresh head, and may leave the trunk as it is::
+    Fine-tuning starts from given parameters with a fresh head, and may keep the trunk frozen::
 
         model, params, state = purecnn.replace_head(model, params, state, num_classes, head_key)
         fit(model, ..., start=(params, state), trainable=lambda path: path.startswith("head."), statistics="running")
@@ -214,32 +214,32 @@ def fit(
     Args:
         model: the network.
         optimizer: the update rule.
-        train: from a key, another one in each epoch, to the batches of that epoch. If they have a method ``skip(n)``,
-            it is used to go on in the midst of an epoch.
-        test: the batches to evaluate on; gone through after each epoch.
-        epochs: how often to go through the training images.
-        key: of initial values, order and draws; without ``start``, parameters are on its device.
+        train: called with a different key in each epoch; returns the batches of that epoch. If they have a method
+            ``skip(n)``, it is used to continue in the middle of an epoch.
+        test: the batches to evaluate on, after each epoch.
+        epochs: number of epochs.
+        key: for initial values, the order of images and random draws; without ``start``, parameters are on its device.
         start: parameters and running statistics to start from; they are not overwritten. By default
             ``model.init``'s.
-        position: where to go on, in place of ``start``. Its tensors are not overwritten.
-        trainable, policy, average: see `make_step`. With an average, that is what is evaluated.
+        position: where to continue, in place of ``start``. Its tensors are not overwritten.
+        trainable, policy, average: see `make_step`. If there is an average, it is what is evaluated.
         capture: on a GPU, record the step as a CUDA graph (`purecnn.capture`).
-        on_step: called after each step; to look at values on an accelerator is to wait for them. The position's
-            tensors are overwritten by the next step. If it returns True, the training stops there.
+        on_step: called as ``on_step(position, metrics)`` after each step; reading values from an accelerator waits for
+            the step. The next step overwrites the position's tensors. If it returns True, the training stops there.
         on_epoch: called as ``on_epoch(row, train_state)`` after each epoch. The train state may be kept.
-        settings: others of `make_step`: ``statistics``, ``loss``, ``label_smoothing``, ``aux_weight``,
-            ``accumulate``, ``remat``, ``augment``, ``compile``. A ``loss`` is the steps' alone: evaluations are by the
-            model's, ``dataclasses.replace(model, loss=...)``, else by cross-entropy.
+        settings: other arguments of `make_step`: ``statistics``, ``loss``, ``label_smoothing``, ``aux_weight``,
+            ``accumulate``, ``remat``, ``augment``, ``compile``. Only the steps use ``loss``: evaluations use the
+            model's own, set with ``dataclasses.replace(model, loss=...)``, or else cross-entropy.
 
     Raises:
-        DivergedError: if a loss is infinite or not a number.
+        DivergedError: if a loss is infinite or NaN.
         ValueError: if ``start`` is another network's or ``position`` is given too, there are no batches, or ``epochs``
             is less than 1.
     """
     if epochs < 1:
         raise ValueError(f"epochs must be at least 1, found {epochs}")
     if start is not None and position is not None:
-        raise ValueError("start begins a training and position goes on with one: give one of both")
+        raise ValueError("start begins a training and position continues one: give only one of them")
     init_key, order_key, draw_key = random.split(key, 3)
     if position is None:
         params, state = model.init(init_key) if start is None else start
@@ -254,7 +254,7 @@ def fit(
     device = tree.device(kept.params)
     draw_key = draw_key.to(device)
     best: TrainState | None = None
-    # The steps overwrite their input, so what is to be kept is a copy.
+    # The steps overwrite their input, so what is to be kept must be copied.
     train_state = _copy(kept)
 
     def check(loss: float, done: int, where: str) -> None:
@@ -273,7 +273,7 @@ def fit(
             done += 1
             count = distributed.total({"": torch.full((), len(labels), dtype=torch.float64, device=device)})[""]
             sums = sums + torch.stack([metrics.loss * count, metrics.correct, count])
-            if last is not None:  # the batch before: an accelerator is still busy with this one
+            if last is not None:  # the previous batch: an accelerator is still busy with this one
                 check(float(last.loss), first + done - 2, f"in batch {done - 1}")
             last = metrics
             if on_step is not None:
@@ -306,7 +306,7 @@ def fit(
 
 
 def _skipped(batches: Iterable[Batch], count: int) -> Iterable[Batch]:
-    """The batches without the first ones."""
+    """The batches without the first ``count``."""
     if not count:
         return batches
     skip: Callable[[int], Iterable[Batch]] | None = getattr(batches, "skip", None)

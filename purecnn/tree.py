@@ -1,6 +1,6 @@
-"""Trees: nested dictionaries of tensors, the one container of parameters, statistics and gradients.
+"""Trees: nested dictionaries of tensors, which hold parameters, statistics and gradients.
 
-A *path* is the names from the root to a leaf joined by dots, as in ``"stage1.0.conv1.weight"``.
+A *path* is the names from the root to a leaf, joined by dots, as in ``"stage1.0.conv1.weight"``.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +13,7 @@ Tree: TypeAlias = dict[str, Any]
 """A nested dictionary whose leaves are tensors."""
 
 
-# To ask for Mapping takes long. Nearly all children are tensors or dictionaries, so these are asked for first.
+# isinstance(child, Mapping) is slow. Nearly all children are tensors or dictionaries, so these are checked first.
 _TREES = (dict, Mapping)
 
 
@@ -24,18 +24,18 @@ def _collect(tree: Mapping[str, Any], prefix: str, leaves: dict[str, Any]) -> No
         else:
             path = prefix + name
             if path in leaves:
-                raise ValueError(f"two leaves have the path {path!r}: a name has a dot")
+                raise ValueError(f"two leaves have the path {path!r}, because a name contains a dot")
             leaves[path] = child
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """The leaves of a tree by path, in the tree's order.
+    """The leaves of a tree as one dictionary from path to leaf, in the tree's order.
 
     >>> flatten({"stem": {"conv1": {"weight": 1, "bias": 2}}, "head": {"weight": 3}})
     {'stem.conv1.weight': 1, 'stem.conv1.bias': 2, 'head.weight': 3}
 
     Raises:
-        ValueError: if two leaves have one path, because of names with dots.
+        ValueError: if two leaves have the same path, because a name contains a dot.
     """
     leaves: dict[str, Any] = {}
     _collect(tree, "", leaves)
@@ -43,7 +43,7 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unflatten(leaves: Mapping[str, Any]) -> Tree:
-    """The tree that `flatten` would turn into ``leaves``.
+    """The inverse of `flatten`: the tree with these leaves, given by path.
 
     >>> unflatten({"stem.conv1.weight": 1, "head.weight": 2})
     {'stem': {'conv1': {'weight': 1}}, 'head': {'weight': 2}}
@@ -60,7 +60,7 @@ def unflatten(leaves: Mapping[str, Any]) -> Tree:
             if not isinstance(node, dict):
                 raise ValueError(f"{path!r} goes through {parent!r}, which is already a leaf")
         if name in node:
-            raise ValueError(f"{path!r} is there already")
+            raise ValueError(f"{path!r} is a leaf, but already the beginning of another path")
         node[name] = leaf
     return tree
 
@@ -89,7 +89,7 @@ def map(function: Callable[..., Any], tree: Mapping[str, Any], *others: Mapping[
 
 
 def fill(tree: Mapping[str, Any], leaves: Mapping[str, Any]) -> Tree:
-    """A tree of the same form with other leaves, given by path.
+    """A tree with the same structure and other leaves, given by path.
 
     >>> fill({"stem": {"weight": 1}, "head": 2}, {"head": 20, "stem.weight": 10})
     {'stem': {'weight': 10}, 'head': 20}
@@ -99,7 +99,7 @@ def fill(tree: Mapping[str, Any], leaves: Mapping[str, Any]) -> Tree:
 
 
 def size(tree: Mapping[str, Any]) -> int:
-    """How many numbers the leaves hold together.
+    """The total number of elements of all leaves.
 
     >>> import torch
     >>> size({"weight": torch.zeros(3, 4), "bias": torch.zeros(3)})
@@ -109,13 +109,13 @@ def size(tree: Mapping[str, Any]) -> int:
 
 
 def device(tree: Mapping[str, Any]) -> torch.device:
-    """Where the first leaf lies; a tree's leaves lie together."""
+    """The device of the first leaf; all leaves of a tree are expected on the same device."""
     leaf: Tensor = next(iter(flatten(tree).values()))
     return leaf.device
 
 
 def differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    """Where names or shapes of two trees differ, a phrase for each path.
+    """Where names or shapes of two trees differ: one phrase for each path.
 
     >>> differences({"weight": torch.zeros(3)}, {"weight": torch.zeros(2), "bias": torch.zeros(3)})
     ['bias (expected nothing, found (3,))', 'weight (expected (3,), found (2,))']
@@ -129,7 +129,7 @@ def differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[s
 
 
 def some(paths: Sequence[str]) -> str:
-    """The first ten, and how many more there are: for errors.
+    """The first ten paths and the number of those left out, as text for error messages.
 
     >>> some([f"stage{i}" for i in range(12)])[-25:]
     'stage8, stage9 and 2 more'

@@ -407,7 +407,7 @@ def test_public_names_are_there() -> None:
 
 @pytest.mark.parametrize("child", [torch.relu, batch_norm, 8])
 def test_what_is_no_layer(child: Any) -> None:
-    with pytest.raises(TypeError, match=r"'act' is no layer but .*wrap a function of tensors in purecnn\.layers"):
+    with pytest.raises(TypeError, match=r"'act' is not a layer but .*wrap a function of tensors in purecnn\.layers"):
         serial(act=child)
 
 

@@ -128,7 +128,7 @@ def test_folders_in_place_of_files(folder: Path) -> None:
         assert [each["image"] for each in found] == ["some/a.PNG", "some/b.png", "run/example.png"]
     assert Path("run/explanation.png").is_file()
     for words, message in (
-        (("predict", "empty", "--from", "run"), "empty holds no pictures"),
+        (("predict", "empty", "--from", "run"), "empty contains no images"),
         (("evaluate", "some"), "some/checkpoint.safetensors does not exist"),
     ):
         result = call(*words)
@@ -286,8 +286,8 @@ def test_verify_notices_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
         (["train", "lenet5", "--lr", "-1"], "greater than or equal to 0"),
         (["evaluate", "none.safetensors"], "none.safetensors does not exist"),
         (["predict", "none.png", "--from", "x.safetensors"], "none.png does not exist"),
-        (["predict", __file__], "DEFAULT does not say which model its weights are of: name it by --model NAME"),
-        (["convert", "x.safetensors", "out.pth"], "if out.pth is to be a state_dict, say --to torchvision"),
+        (["predict", __file__], "DEFAULT does not say which model its weights are for: name it with --model NAME"),
+        (["convert", "x.safetensors", "out.pth"], "to write a state_dict to out.pth, add --to torchvision"),
         (["list", "xyz*"], "xyz"),
         (["verify"], "--all"),
         (["inspect"], "MODEL"),
@@ -313,7 +313,7 @@ def test_weights_of_no_model(
     torch.save({"weight": torch.zeros(1)}, file)
     code, error = fails(capsys, monkeypatch, "predict", __file__, "--from", str(file))
     assert code == 2
-    assert "does not say which model its weights are of: name it by --model NAME" in error
+    assert "does not say which model its weights are for: name it with --model NAME" in error
 
 
 def test_failures(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,10 +365,10 @@ def test_what_is_read_is_not_overwritten(
         Image.new("L", (32, 32), 99).save(name)
     before = Path("a-prediction.png").read_bytes()
     for words, message in (
-        (("explain", "a.png", "--out", "a.png"), "a.png is read, and would be overwritten"),
+        (("explain", "a.png", "--out", "a.png"), "a.png is an input and would be overwritten"),
         (("explain", "a.png", "--out", "why.jpg"), "why.jpg should end in .png"),
         (("explain", "a.png", "--out", "c.safetensors"), "should end in .png"),
-        (("predict", ".", "--out", "."), "a-prediction.png is read, and would be overwritten"),
+        (("predict", ".", "--out", "."), "a-prediction.png is an input and would be overwritten"),
         (("predict", "a.png", "--from", "run99"), "there is no file or folder run99"),
     ):
         code, error = fails(capsys, monkeypatch, *words, *(() if "--from" in words else ("--from", "c.safetensors")))
@@ -399,7 +399,7 @@ def test_a_batch_of_one_picture_is_refused_at_once_where_a_network_cannot_have_i
     for sizes in (("--batch-size", "11"), ("--batch-size", "3", "--accumulate", "2")):
         code, error = fails(capsys, monkeypatch, "train", "resnet18", *words, *sizes)
         assert code == 1
-        assert f"of 12 pictures a step gets a single one: choose another --batch-size than {sizes[1]}" in error
+        assert f"with 12 training images and --batch-size {sizes[1]}, some step gets a single image" in error
         assert not (folder / "run").exists()
     assert call("train", "squeezenet1_1", *words, "--batch-size", "11").exit_code == 0
 

@@ -116,5 +116,5 @@ def test_an_auxiliary_head_is_a_fork_of_any_stage() -> None:
 
 def test_a_model_of_ones_own_has_no_checkpoint(tmp_path: pytest.TempPathFactory) -> None:
     model = Model.of(post_activation(WRAPS["se"]), num_classes=5, image_size=32, name="mine")
-    with pytest.raises(ConversionError, match="there is none called 'mine'"):
+    with pytest.raises(ConversionError, match="has no 'mine'"):
         checkpoint.save(f"{tmp_path}/x.safetensors", model, *model.init(random.key(0)))

@@ -81,7 +81,7 @@ def test_old_names_of_densenet() -> None:
     assert differences(tree.flatten(state) | counts, tree.flatten(expected_state) | counts) == []
 
     key = "features.denseblock1.denselayer1.norm1.weight"
-    with pytest.raises(ConversionError, match="there twice, under its old name and its new one"):
+    with pytest.raises(ConversionError, match="in the state_dict twice, under its old name and its new one"):
         tv.from_state_dict(model, {**renamed, key: state_dict[key]})
 
 
@@ -297,16 +297,16 @@ def test_all_differences_are_in_one_message() -> None:
     with pytest.raises(ConversionError) as caught:
         tv.from_state_dict(purecnn.create("squeezenet1_1"), state_dict)
     message = str(caught.value)
-    assert message.startswith("the weights are not those of squeezenet1_1; ")
+    assert message.startswith("the weights do not fit squeezenet1_1; ")
     assert "2 missing: features.0.weight, features.3.squeeze.bias" in message
     assert "1 unexpected: features.99.weight" in message
     assert "1 of another shape: classifier.1.bias (expected float32(1000,), found float32(7,))" in message
 
 
 def test_weights_of_another_model() -> None:
-    with pytest.raises(ConversionError, match=r"not those of squeezenet1_0; .*of another shape"):
+    with pytest.raises(ConversionError, match=r"do not fit squeezenet1_0; .*of another shape"):
         tv.from_state_dict(purecnn.create("squeezenet1_0"), squeezenet())
-    with pytest.raises(ConversionError, match=r"not those of alexnet; .*missing: .*unexpected: ") as caught:
+    with pytest.raises(ConversionError, match=r"do not fit alexnet; .*missing: .*unexpected: ") as caught:
         tv.from_state_dict(purecnn.create("alexnet"), squeezenet())
     assert "12 missing: features.3.weight, " in str(caught.value)
     assert " and 2 more; " in str(caught.value)
@@ -316,7 +316,7 @@ def test_weights_of_another_model() -> None:
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module.", "model.features."])
 def test_names_of_a_wrapped_module(prefix: str) -> None:
     state_dict = {prefix + key: tensor for key, tensor in squeezenet().items()}
-    with pytest.raises(ConversionError, match=rf"all names begin with '{prefix}', .*key\.removeprefix\('{prefix}'\)"):
+    with pytest.raises(ConversionError, match=rf"all keys begin with '{prefix}', .*key\.removeprefix\('{prefix}'\)"):
         tv.from_state_dict(purecnn.create("squeezenet1_1"), state_dict)
 
 
@@ -355,7 +355,7 @@ def test_other_arguments(convert: Callable[..., Any], words: str) -> None:
 def test_group_normalisation_takes_the_parameters_alone() -> None:
     batch, group = (purecnn.create("resnet18", norm=norm) for norm in ("batch", "group"))
     state_dict = tv.to_state_dict(batch, *batch.init(random.key(0)))
-    with pytest.raises(ConversionError, match='norm="group" has no statistics: read them with norm="batch"'):
+    with pytest.raises(ConversionError, match='norm="group" has no running statistics: convert with norm="batch"'):
         tv.from_state_dict(group, state_dict)
     params, _ = tv.from_state_dict(batch, state_dict)
     group.check(params, {})

@@ -416,7 +416,7 @@ def test_the_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     digit_ensemble.run(tmp_path, members=2, epochs=1, limit=32, solo=False)
     assert "alone" not in json.loads((tmp_path / "results.json").read_text())
     assert "ensemble, vote" in capsys.readouterr().out
-    with pytest.raises(typer.BadParameter, match="no batch of 99"):
+    with pytest.raises(typer.BadParameter, match="99 is larger than the number of training images, 32"):
         digit_ensemble.run(tmp_path, limit=32, batch_size=99)
 
 

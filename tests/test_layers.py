@@ -289,7 +289,7 @@ def test_no_images_have_no_statistics() -> None:
 
 def test_images_longer_than_the_statistics() -> None:
     params, state, _ = batch_norm().init(torch.empty(1, 3, 4, 4, device="meta"), Mode(key=KEY))
-    with pytest.raises(ValueError, match=r"images in torch.float64 take statistics .*found torch.float32"):
+    with pytest.raises(ValueError, match=r"images in torch.float64 need statistics .*found torch.float32"):
         batch_norm().apply(to(torch.float64, params), state, images(2, 3, 4, 4).double(), TRAIN)
 
 
@@ -305,11 +305,11 @@ def test_normalisation_without_scale() -> None:
 
 def test_a_layer_makes_what_it_declares() -> None:
     layer = layers.parametric(lambda x: ({"weight": Leaf((1,), 0.0)}, {}), lambda p, s, x, m: (x, s), "alpha")
-    with pytest.raises(ValueError, match=r"declares \['alpha'\] makes \['weight'\]"):
+    with pytest.raises(ValueError, match=r"declares the tensors \['alpha'\], but makes \['weight'\]"):
         layer.init(torch.empty(1, device="meta"), Mode())
 
 
 def test_a_layers_apply_gives_a_pair() -> None:
     layer = layers.parametric(lambda x: ({"weight": Leaf((1,), 0.0)}, {}), lambda p, s, x, m: x, "weight")  # type: ignore[arg-type, return-value]
-    with pytest.raises(TypeError, match=r"gives \(output, state\), found Tensor"):
+    with pytest.raises(TypeError, match=r"must return \(output, state\), found Tensor"):
         layer.init(torch.empty(2, device="meta"), Mode())

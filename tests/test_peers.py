@@ -154,9 +154,9 @@ def test_settings_that_weights_of_timm_were_trained_with(untrained: Any) -> None
     ("name", "weights", "message"),
     [
         ("efficientnet_b0", "tf_efficientnet_b0.ns_jft_in1k", "computes something else with tf_efficientnet_b0"),
-        ("resnet18", "resnet34.a1_in1k", "not those of resnet18; .* unexpected"),
+        ("resnet18", "resnet34.a1_in1k", "do not fit resnet18; .* unexpected"),
         ("convnext_tiny", "convnext_tiny.fb_in22k", "another shape: head.fc"),
-        ("lenet5", None, "no weights that fit lenet5; it does of .*convnext_tiny"),
+        ("lenet5", None, "no weights that fit lenet5; it does for .*convnext_tiny"),
     ],
 )
 def test_weights_of_timm_that_do_not_fit(untrained: Any, name: str, weights: str | None, message: str) -> None:
@@ -180,7 +180,7 @@ def test_weights_of_timm_on_the_command_line(untrained: Any, tmp_path: Path, mon
     assert result.exit_code == 0, result.output
     result = call("predict", "picture.png", "--from", "timm:resnet18.tv_in1k")
     assert result.exit_code == 2
-    assert "name it by --model" in result.output.replace("\n", " ")
+    assert "name it with --model" in result.output.replace("\n", " ")
 
 
 @pytest.fixture
@@ -210,9 +210,9 @@ def test_published_weights_of_pytorchcv(unpublished: None, name: str) -> None:
     ("name", "weights", "message"),
     [
         ("resnet50_v1", "resnet50b", "pytorchcv computes something else with resnet50b than resnet50_v1 does"),
-        ("resnet50_v1", "resnet18", "not those of resnet50_v1"),
-        ("resnet50_v1", "resnet51", "pytorchcv's resnet51 cannot be had"),
-        ("fractalnet_cifar", None, "no weights that fit fractalnet_cifar; it does of zfnet"),
+        ("resnet50_v1", "resnet18", "do not fit resnet50_v1"),
+        ("resnet50_v1", "resnet51", "pytorchcv's resnet51 cannot be loaded"),
+        ("fractalnet_cifar", None, "no weights that fit fractalnet_cifar; it does for zfnet"),
     ],
 )
 def test_weights_of_pytorchcv_that_do_not_fit(unpublished: None, name: str, weights: str | None, message: str) -> None:

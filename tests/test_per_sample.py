@@ -305,7 +305,7 @@ def test_what_goes_around_the_layers_is_refused() -> None:
 
     for apply, message in (
         (bare, r"'head.weight' is used outside of the layers"),
-        (standardised, r"'head' computes with other parameters"),
+        (standardised, r"'head' computes with a parameter 'weight' that is not in the tree"),
         (transposed, r"'head' turns \(6, 128\) into \(6, 3\).*batch of 3"),
     ):
         model = model_of(serial(flat=flatten, head=Layer(plain.init, apply, plain.names)))

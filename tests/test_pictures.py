@@ -127,5 +127,5 @@ def test_paired(tmp_path: Path, trials: int) -> None:
 
 @pytest.mark.parametrize("values", [{}, {"a": [1.0]}, {"a": [1.0], "b": [1.0, 2.0]}, {"a": [], "b": []}])
 def test_paired_of_what_is_no_pair(tmp_path: Path, values: dict[str, list[float]]) -> None:
-    with pytest.raises(ValueError, match="two arms and as many trials"):
+    with pytest.raises(ValueError, match="at least two arms, each with the same number of trials"):
         pictures.paired(values, tmp_path / "paired.png")

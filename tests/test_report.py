@@ -180,7 +180,7 @@ def test_a_network_that_errs_nowhere(tmp_path: Path) -> None:
     half = Pictures(1, "L", (32, 32))
     dataset = DataSet("one", CLASSES, half, half, dataset.preprocessing, dataset.augmentation)
     page = written(folder, model, params, state, dataset, *rest)
-    assert "every picture of the held-out split is recognised" in page.text
+    assert "every image of the test split is classified correctly" in page.text
     assert [title for title in SECTIONS if "Files" not in title] == page.titles
     assert len(page.images) == 3
 

@@ -97,7 +97,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(name: str, tmp_path: Path, monkeypatc
     for _ in moments:
         result = call(*words, "--out", str(part), "--resume")
         assert result.exit_code == 128 + signal.SIGTERM, result.output
-        assert "--resume goes on bit for bit" in result.output
+        assert "--resume continues bit for bit" in result.output
     result = call(*words, "--out", str(part), "--resume")
     assert result.exit_code == 0, result.output
     assert steps == 24
@@ -167,7 +167,7 @@ def test_other_options_are_refused(whole: Path) -> None:
     words = [*TRAIN[:-1], "64", "--seed", "3", "--out", str(whole), "--resume"]
     result = call(*words)
     assert result.exit_code != 0
-    assert "batch_size was 128 and is 64, seed was 0 and is 3" in str(result.exception)
+    assert "batch_size was 128, now it is 64, seed was 0, now it is 3" in str(result.exception)
     assert call(*TRAIN, "--out", str(whole), "--resume", "--workers", "0", "--device", "cpu").exit_code == 0
 
 
@@ -188,10 +188,10 @@ def test_other_data_are_refused(tmp_path: Path) -> None:
     assert "names, order or classes have changed" in str(call(*resume).exception)
     for i in range(1, 9):
         (ants / f"{i}.png").unlink()
-    assert "train was 24 pictures and is 16 pictures." in str(call(*resume).exception)
+    assert "train was 24 images, now it is 16 images." in str(call(*resume).exception)
     for half in ("train", "val"):
         (tmp_path / "insects" / half / "bees").rename(tmp_path / "insects" / half / "wasps")
-    assert "classes was ants, bees and is ants, wasps; train was 24" in str(call(*resume).exception)
+    assert "classes was ants, bees, now it is ants, wasps; train was 24" in str(call(*resume).exception)
     assert all(torch.equal(leaf, before[key]) for key, leaf in final(tmp_path / "run").items())
 
 
@@ -201,7 +201,7 @@ def test_other_pictures_in_memory_are_refused(whole: Path, monkeypatch: pytest.M
     bundle.images[-1, -1, 3] += 1
     monkeypatch.setattr(sklearn.datasets, "load_digits", lambda: bundle)
     result = call(*TRAIN, "--out", str(whole), "--resume")
-    assert "the pictures, their names, order or classes have changed" in str(result.exception)
+    assert "the images, their names, order or classes have changed" in str(result.exception)
     bundle.images[-1, -1, 3] -= 1
     assert call(*TRAIN, "--out", str(whole), "--resume").exit_code == 0
 
@@ -264,7 +264,7 @@ def test_another_networks_tensors_are_refused(classes: int) -> None:
 def test_misuse(tmp_path: Path) -> None:
     result = call(*TRAIN, "--resume")
     assert result.exit_code == 2
-    assert "needs its folder" in " ".join(re.sub("[│╭╮╰╯─]", " ", result.output).split())
+    assert "need --out FOLDER" in " ".join(re.sub("[│╭╮╰╯─]", " ", result.output).split())
 
 
 def test_a_cut_file_can_be_removed(
@@ -278,7 +278,7 @@ def test_a_cut_file_can_be_removed(
     code, error = fails(capsys, monkeypatch, *words, "--keep", "2", "--resume")
     assert code == 1
     assert "is damaged: " in error
-    assert "; remove that file, and the run goes on from the one before it" in error
+    assert "; remove that file to resume from the one before it" in error
     last.unlink()
     assert call(*words, "--keep", "2", "--resume").exit_code == 0
     assert last.is_file()
@@ -298,7 +298,7 @@ def test_damaged_files_are_named(whole: Path, tmp_path: Path) -> None:
     with pytest.raises(FileError, match=r"00000001\.safetensors is damaged"):
         states.load(folder)
     files.write(folder / "00000002.safetensors", {"x": torch.zeros(1)})
-    with pytest.raises(FileError, match="does not hold where a run"):
+    with pytest.raises(FileError, match=r"is not a saved state of this version of purecnn: .*, found None"):
         states.load(folder)
 
 
@@ -356,7 +356,7 @@ def test_where_a_run_never_stands(
     standing = change.get("standing") or json.dumps({**json.loads(metadata["standing"]), **change})
     files.write(path, tensors, {**metadata, "standing": standing})
     code, error = fails(capsys, monkeypatch, *TRAIN, "--out", str(folder), "--resume")
-    assert (code, "stand" in error) == (1, True), error
+    assert (code, "saved state" in error) == (1, True), error
 
 
 def test_two_processes_do_not_train_in_one_folder(

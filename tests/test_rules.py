@@ -138,7 +138,7 @@ def test_all_differences_are_in_one_message(missing: set[str], unexpected: set[s
     if not missing | unexpected | reshaped:
         to_trees(LENET, IDENTITY, flat)
         return
-    with pytest.raises(ConversionError, match="not those of lenet5") as caught:
+    with pytest.raises(ConversionError, match="do not fit lenet5") as caught:
         to_trees(LENET, IDENTITY, flat)
     message = str(caught.value)
     for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped)):
@@ -171,7 +171,7 @@ def _reshape(params: Any) -> None:
 def test_trees_of_another_model(change: Any, path: str) -> None:
     params, state = LENET.init(random.key(0))
     change(params)
-    with pytest.raises(ConversionError, match=rf"not those of lenet5: they differ in head\.linear\.{path}$"):
+    with pytest.raises(ConversionError, match=rf"do not fit lenet5: they differ in head\.linear\.{path}$"):
         to_tensors(LENET, IDENTITY, params, state)
 
 
@@ -182,7 +182,7 @@ def test_rules_that_merge_two_layers() -> None:
         *((f"b{i}.{j}", f"stage{i}.linear{j}") for i in (1, 2) for j in (1, 2)),
         ("conv", "stage1.conv"),
     )
-    with pytest.raises(ConversionError, match=r"'all\.bias', 'all\.weight'\] to two layers each"):
+    with pytest.raises(ConversionError, match=r"each of \['all\.bias', 'all\.weight'\] to two layers"):
         leaves(LENET, merge)
 
 

@@ -405,7 +405,7 @@ def test_augmentation_and_a_draw_at_the_root_are_different() -> None:
 def test_an_average_is_not_left_behind() -> None:
     optimizer = sgd(0.1)
     before = start(TINY, optimizer, average=True)
-    with pytest.raises(ValueError, match="keeps an average, which this step would leave behind"):
+    with pytest.raises(ValueError, match="keeps an average, which this step would not update"):
         make_step(TINY, optimizer)(before, batch(0), random.key(1))
 
 

@@ -458,7 +458,7 @@ def test_divergence_in_the_last_update_shows_in_the_evaluation() -> None:
 def test_fit_refuses_nothing_to_do() -> None:
     with pytest.raises(ValueError, match="epochs must be at least 1, found 0"):
         run(epochs=0)
-    with pytest.raises(ValueError, match="give one of both"):
+    with pytest.raises(ValueError, match="give only one of them"):
         run(start=TINY.init(random.key(0)), position=Position.start(start(TINY, sgd(0.1))))
     with pytest.raises(ValueError, match="no batch to train on in epoch 1"):
         run(train=lambda key: [])

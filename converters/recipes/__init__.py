@@ -1,7 +1,7 @@
 """Experiments, one command and one file each: ``purecnn recipe NAME``.
 
-A recipe is a module with a function ``run`` whose arguments are the command's; its docstring is the help. `RECIPES`
-names them all.
+A recipe is a module with a function ``run``: its arguments are the command's options, and its docstring is the help
+text. `RECIPES` lists all recipes.
 """
 
 import importlib
@@ -18,7 +18,7 @@ RECIPES = (
     "influential_digits",
     "private_digits",
 )
-"""The modules of this package that are recipes; a command's name has dashes for underscores."""
+"""The modules of this package that are recipes; a command has its module's name, with dashes for underscores."""
 
 
 def commands() -> typer.Typer:

@@ -1,4 +1,4 @@
-"""A pretrained AlexNet, fine-tuned to tell ants from bees, as the chapter "Deep CNN Architectures" does it."""
+"""A pretrained AlexNet, fine-tuned to tell ants from bees, as in the chapter "Deep CNN Architectures"."""
 
 from typing import Annotated
 
@@ -11,20 +11,18 @@ from converters.train_command import train
 
 def run(
     data: Annotated[str, typer.Option(help="The folder hymenoptera_data, with train/ and val/.")],
-    source: Annotated[
-        str, typer.Option("--from", help="Weights: DEFAULT for torchvision's, or a file of them.")
-    ] = "DEFAULT",
+    source: Annotated[str, typer.Option("--from", help="Weights: DEFAULT for torchvision's, or a file.")] = "DEFAULT",
     model: Annotated[str, typer.Option(help="The network.")] = "alexnet",
     out: Out = None,
     resume: Resume = False,
-    epochs: Annotated[int, typer.Option(min=1, help="Times through the data.")] = 10,
+    epochs: Annotated[int, typer.Option(min=1, help="Number of epochs.")] = 10,
     seed: Seed = 0,
     workers: Workers = 0,
     device: Device = "auto",
 ) -> None:
     """AlexNet on ants and bees: all layers, SGD 0.0001, batches of 8, 10 epochs. Published: 90.2 % (1st edition 93.5).
 
-    Mastering PyTorch, 2nd edition, chapter 2. The momentum, 0.9, is ours.
+    Mastering PyTorch, 2nd edition, chapter 2. The momentum of 0.9 is our choice.
     """
     train(
         model,

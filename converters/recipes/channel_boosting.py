@@ -1,15 +1,16 @@
-"""Channel boosting on a transfer task with few labels, paired over seeds.
+"""Channel boosting on a transfer task with few labels; results are paired by seed.
 
     Khan, Sohail, Ali. A New Channel Boosted Convolutional Neural Network using Transfer Learning. 2018,
     arXiv:1804.08528.
 
-The first half of a data set's classes is the source, the second the target, of which few pictures have labels. Learners
-of one architecture are trained on the source: one to tell its classes apart, one, an autoencoder, without labels. Then
-a network learns the target with their channels beside the image's. Controls: channels of noise, and of the learner as
-it was before training.
+The first half of a data set's classes is the source task; the second half is the target task, with few labelled images.
+Two learners with the same encoder are trained on the source: a classifier, and an autoencoder, which needs no labels.
+Then a network learns the target with their channels in addition to the image's. The controls are channels of noise, and
+channels of the learner before training.
 
-In each seed all arms have the same pictures, the same initial weights and the same order of batches; the weights of
-additional channels start at zero, so all are one function at the start, and what differs is the channels alone.
+For each seed, all arms have the same images and the same order of batches. All arms except the fine-tuned one also have
+the same initial weights; the weights of additional channels start at zero, so these arms start as the same function,
+and only the channels differ.
 """
 
 import dataclasses
@@ -52,9 +53,9 @@ ARMS: Mapping[str, tuple[str, ...]] = {
     "autoencoder + transferred": ("autoencoder", "transferred"),
     TUNED: (),
 }
-"""Each arm's learners. The last one is no boosting, but the other way to transfer: by weights instead of channels."""
+"""Each arm's learners. The last arm is not boosted: it transfers weights instead of channels."""
 
-BASES = ("plain", "noise", "untrained")  # what boosting should be above
+BASES = ("plain", "noise", "untrained")  # the arms that boosting should exceed
 Trees = tuple[Tree, Tree]
 
 # Three convolutions, at half the image's resolution
@@ -62,20 +63,20 @@ encoder = serial(conv1=conv_norm(WIDTH, 3, 2), conv2=conv_norm(WIDTH, 3), conv3=
 
 
 def classifier(classes: int) -> Layer:
-    """The encoder, and what makes it tell classes apart."""
+    """The encoder with a classification head."""
     rest = serial(conv1=conv_norm(2 * WIDTH, 3, 2), conv2=conv_norm(2 * WIDTH, 3))
     return serial(encoder=encoder, stage1=rest, head=serial(global_avg_pool, linear=linear(classes)))
 
 
 def autoencoder(channels: int) -> Layer:
-    """The encoder, and what makes the image of it again."""
+    """The encoder with a decoder that reconstructs the image."""
     double = stateless(lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"))
     decoder = serial(conv1=conv(WIDTH, 3, bias=True), relu=relu, double=double, conv2=conv(channels, 3, bias=True))
     return serial(encoder=encoder, decoder=decoder)
 
 
 def noise(channels: int) -> Layer:
-    """Standard normal numbers, of an encoder's shape, that know nothing of the image but are its own for good."""
+    """Standard normal noise in the shape of an encoder's output, always the same for the same image."""
 
     def init(x: Tensor, mode: Mode) -> tuple[Tree, Tree, Tensor]:
         return {}, {}, x.new_empty(x.shape[0], channels, x.shape[2] // 2, x.shape[3] // 2)
@@ -89,14 +90,14 @@ def noise(channels: int) -> Layer:
 
 
 def parts(x: Tensor, size: int) -> list[Tensor]:
-    """One after the other, of ``size`` along the first axis; the last may be smaller."""
+    """Split a tensor into parts of ``size`` along the first axis; the last part may be smaller."""
     return [x[i : i + size] for i in range(0, len(x), size)]
 
 
 def learn(
     model: Model, start: Trees, examples: Batch, epochs: int, rate: float, key: Tensor, loss: Loss | None = None
 ) -> Trees:
-    """Train by AdamW with a cosine from ``rate`` to zero, in batches of 32."""
+    """Train with AdamW in batches of 32; the learning rate falls from ``rate`` to zero along a cosine."""
     images, labels = examples
     count = len(images)
     full = max(1, count // 32)
@@ -114,7 +115,7 @@ def learn(
 def draw(
     examples: data.Examples, transform: data.Transform, wanted: Mapping[int, int], key: Tensor
 ) -> dict[int, Tensor]:
-    """Pictures at random, of each class up to the number that is wanted: (number, channels, height, width)."""
+    """Draw random images, for each class at most the wanted number: (number, channels, height, width)."""
     found: dict[int, list[Tensor]] = {label: [] for label in wanted}
     missing = {label for label in wanted if wanted[label]}
     for index in random.permutation(key, len(examples)).tolist():
@@ -129,13 +130,13 @@ def draw(
 
 
 def together(images: Mapping[int, Tensor], classes: Sequence[int]) -> Batch:
-    """The classes' pictures, and their labels counted from the first of the classes."""
+    """The images of some classes as one batch, with labels counted from the first of these classes."""
     labels = [torch.full((len(images[label]),), label - classes[0]) for label in classes]
     return torch.cat([images[label] for label in classes]), torch.cat(labels)
 
 
 def accuracy(model: Model, trees: Trees, examples: Batch) -> float:
-    """In percent."""
+    """The accuracy on some examples, in percent."""
     images, labels = (parts(each, 256) for each in examples)
     return 100 * evaluate(model, *trees, zip(images, labels, strict=True)).accuracy
 
@@ -153,28 +154,29 @@ class Task:
 
     @property
     def classes(self) -> tuple[range, range]:
-        """Of source and target."""
+        """The classes of the source and of the target."""
         count = len(self.dataset.classes)
         return range(count // 2), range(count // 2, count)
 
     @property
     def transform(self) -> data.Transform:
-        """The whole picture, small."""
+        """Preprocessing that scales the whole image to 32 x 32."""
         return dataclasses.replace(self.dataset.preprocessing.adapt(size=SIDE), resize=SIDE).evaluation()
 
     def create(self, classes: int) -> Model:
-        """The network."""
+        """The network to boost, for a number of classes."""
         channels = self.dataset.preprocessing.channels
         return purecnn.create(self.network, num_classes=classes, in_channels=channels, image_size=SIDE)
 
 
 def trial(task: Task, tests: Mapping[int, Tensor], seed: int) -> Iterator[tuple[str, float]]:
-    """One seed: the test accuracy of each arm, percent, and of the transferred learner on its own classes.
+    """Run one seed: yield the transferred learner's test accuracy on the source, then each arm's on the target, in
+    percent.
 
     Args:
         task: what all seeds have in common.
-        tests: held-out pictures of all classes.
-        seed: of all that is random.
+        tests: test images of all classes.
+        seed: seed of all random numbers.
     """
     keys = random.split(random.key(seed), 7)
     source, target = task.classes
@@ -202,7 +204,7 @@ def trial(task: Task, tests: Mapping[int, Tensor], seed: int) -> Iterator[tuple[
     for arm, names in ARMS.items():
         layer = channel_boost(plain.layer, None, **{name: auxiliary(learners[name][0]) for name in names})
         model = dataclasses.replace(plain, layer=layer)
-        params, state = model.init(keys[4])  # the plain network's values, since a draw's key is its path's
+        params, state = model.init(keys[4])  # the plain network's values, since each key depends on the path
         if names:
             state = {**state, BOOST: {name: measured(*learners[name], parts(few[0], 256)) for name in names}}
         if arm == TUNED:
@@ -214,7 +216,7 @@ def trial(task: Task, tests: Mapping[int, Tensor], seed: int) -> Iterator[tuple[
 
 
 def summary(accuracies: Mapping[str, Sequence[float]]) -> dict[str, dict[str, Any]]:
-    """Of each arm: mean, standard deviation, and what it is above the plain network and the controls, paired by seed.
+    """Summarise each arm: mean, standard deviation, and differences from plain and controls, paired by seed.
 
     >>> found = summary({"plain": [50.0, 60.0], "noise": [49.0, 58.0], "untrained": [50.0, 59.0]})
     >>> found["noise"]["mean"], found["noise"]["above"]["plain"]
@@ -249,22 +251,22 @@ def _signed(row: Mapping[str, float | None] | None) -> str:
 def run(
     data_name: Annotated[
         str,
-        typer.Option("--data", help=f"{', '.join(data.names())}, or a folder with train/ and val/ and class folders."),
+        typer.Option("--data", help=f"{', '.join(data.names())}, or a folder with train/ and val/ of class folders."),
     ] = "digits",
-    root: Annotated[Path | None, typer.Option(help="Where data sets are downloaded to.")] = None,
-    network: Annotated[str, typer.Option("--model", help="The network to boost, a name of `purecnn list`.")] = "lenet5",
-    seeds: Annotated[int, typer.Option(min=1, help="How many trials.")] = 5,
-    first_seed: Annotated[int, typer.Option(min=0, help="Of the first trial. Choose settings on other seeds.")] = 0,
-    labels: Annotated[int, typer.Option(min=1, help="Training pictures of each target class.")] = 40,
-    source_images: Annotated[int, typer.Option(min=1, help="At most, of each source class.")] = 1000,
-    epochs: Annotated[int, typer.Option(min=1, help="Times through the target's pictures.")] = 40,
-    source_epochs: Annotated[int, typer.Option(min=1, help="Times through the source's pictures.")] = 8,
+    root: Annotated[Path | None, typer.Option(help="Folder that data sets are downloaded to.")] = None,
+    network: Annotated[str, typer.Option("--model", help="Network to boost, from `purecnn list`.")] = "lenet5",
+    seeds: Annotated[int, typer.Option(min=1, help="Number of trials, one per seed.")] = 5,
+    first_seed: Annotated[int, typer.Option(min=0, help="First seed; choose settings on other seeds.")] = 0,
+    labels: Annotated[int, typer.Option(min=1, help="Training images of each target class.")] = 40,
+    source_images: Annotated[int, typer.Option(min=1, help="Maximum number of images per source class.")] = 1000,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs on the target.")] = 40,
+    source_epochs: Annotated[int, typer.Option(min=1, help="Epochs on the source.")] = 8,
     out: Annotated[Path, typer.Option(callback=writable, help="Folder for results.json and boosting.png.")] = Path(
         "runs/channel-boosting"
     ),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
 ) -> None:
-    """Channel boosting with few labels: do a frozen network's channels help, more than noise and an untrained one's?"""
+    """Channel boosting with few labels: do a frozen network's channels help more than noise or an untrained one's?"""
     try:
         purecnn.create(network)
     except UnknownModelError as error:
@@ -272,7 +274,7 @@ def run(
     dataset = data.load(data_name, root=root)
     if len(dataset.classes) < 4:
         raise data.DataError(
-            f"{data_name} has {len(dataset.classes)} classes: two for the source and two for the target are needed"
+            f"{data_name} has {len(dataset.classes)} classes, expected at least 4: two for source and two for target"
         )
     task = Task(dataset, network, labels, source_images, epochs, source_epochs)
     chosen = range(first_seed, first_seed + seeds)

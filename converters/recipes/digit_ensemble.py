@@ -1,11 +1,11 @@
-"""Sixteen networks trained in one step: are they the sixteen that they would be alone, how fast, and what do they know?
+"""Sixteen networks trained in one step: do they equal networks trained alone, how fast is it, and what is gained?
 
     Lakshminarayanan, Pritzel, Blundell. Simple and Scalable Predictive Uncertainty Estimation using Deep Ensembles.
     NIPS 2017, arXiv:1612.01474.
 
-LeNets with initial values and orders of the data of their own learn handwritten digits in one mapped step. Beside it,
-epoch by epoch, each is trained alone with the same key, and the clock tells both. Then the ensemble's answers are
-compared with its members': accuracy, calibration, and the digits about which they quarrel.
+LeNets, each with its own initial values and its own order of the data, learn handwritten digits in one mapped step.
+Epoch by epoch, each network is also trained alone with the same key, and both ways are timed. Then the ensemble's
+answers are compared with its members': accuracy, calibration, and the digits about which the members disagree.
 """
 
 import json
@@ -38,13 +38,13 @@ BINS = 10
 
 
 def everything(examples: data.Examples, transform: data.Transform, device: torch.device, dtype: torch.dtype) -> Batch:
-    """All images and labels of one split of a data set."""
+    """All images and labels of one split of a data set, as one batch."""
     images, labels = next(iter(data.batches(examples, transform, len(examples))))
     return images.to(device, dtype), labels.to(device)
 
 
 def orders(keys: Tensor, epoch: int, images: int, batch_size: int) -> Tensor:
-    """Which images each member sees in each batch of an epoch, (batches, members, batch); a last part is left out.
+    """The images that each member sees in each batch of an epoch, (batches, members, batch); a rest is left out.
 
     >>> orders(random.split(random.key(0), 3), 1, images=10, batch_size=4).shape
     torch.Size([2, 3, 4])
@@ -55,7 +55,7 @@ def orders(keys: Tensor, epoch: int, images: int, batch_size: int) -> Tensor:
 
 
 def measures(logits: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Members and ensemble side by side; logits are (members, images, classes)."""
+    """Measures of the members and of the ensemble; logits are (members, images, classes)."""
 
     def of(probabilities: Tensor) -> dict[str, float]:
         return {
@@ -75,7 +75,7 @@ def measures(logits: Tensor, labels: Tensor) -> dict[str, Any]:
 
 
 def draw_reliability(curves: dict[str, Reliability], path: Path) -> None:
-    """Draw accuracy by confidence, and below it how many images there are of each confidence."""
+    """Draw accuracy by confidence, and below it the share of images of each confidence."""
     figure = Figure(figsize=(5.6, 6.4), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
     axes, counts = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [3, 1]})
     axes.plot([0, 1], [0, 1], color="#777777", linestyle=":", linewidth=1.2, label="calibrated")
@@ -103,7 +103,7 @@ def draw_reliability(curves: dict[str, Reliability], path: Path) -> None:
 
 
 def draw_quarrels(images: Tensor, labels: list[str], logits: Tensor, classes: tuple[str, ...], path: Path) -> None:
-    """Draw the twelve pictures on which members disagree most, with what they take them for."""
+    """Draw the twelve images on which the members disagree most, with the members' answers."""
     found = ensembles.disagreement(logits)
     votes = ensembles.vote(logits) * len(logits)
     order = found.argsort(descending=True, stable=True)[:12].tolist()
@@ -123,27 +123,27 @@ def draw_quarrels(images: Tensor, labels: list[str], logits: Tensor, classes: tu
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, wholly or not at all."""
+    """Write a figure as PNG, atomically."""
     with replacing(path) as file:
         FigureCanvasAgg(figure).print_figure(file, format="png", dpi=130, metadata={"Software": None})
 
 
 def run(
-    out: Annotated[Path, typer.Option(callback=writable, help="The folder for pictures and results.json.")] = Path(
+    out: Annotated[Path, typer.Option(callback=writable, help="Folder for pictures and results.json.")] = Path(
         "runs/digit-ensemble"
     ),
-    members: Annotated[int, typer.Option(min=2, help="Networks.")] = 16,
-    data_name: Annotated[str, typer.Option("--data", help=f"Pictures: {', '.join(data.names())}.")] = "digits",
-    epochs: Annotated[int, typer.Option(min=1, help="Of each network.")] = 10,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images of each network in a step.")] = 32,
-    learning_rate: Annotated[float, typer.Option(min=0, help="At the beginning; it falls along a cosine.")] = 0.05,
-    limit: Annotated[int, typer.Option(min=0, help="Train on so many pictures only; 0: on all.")] = 0,
-    solo: Annotated[bool, typer.Option(help="Train each network alone, too, to compare.")] = True,
-    double: Annotated[bool, typer.Option("--double", help="In double precision, where rounding stays small.")] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of initial values and orders.")] = 0,
+    members: Annotated[int, typer.Option(min=2, help="Number of networks.")] = 16,
+    data_name: Annotated[str, typer.Option("--data", help=f"Data set: {', '.join(data.names())}.")] = "digits",
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of each network.")] = 10,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per network and step.")] = 32,
+    learning_rate: Annotated[float, typer.Option(min=0, help="Initial value; it falls along a cosine.")] = 0.05,
+    limit: Annotated[int, typer.Option(min=0, help="Number of training images to use; 0 for all.")] = 0,
+    solo: Annotated[bool, typer.Option(help="Also train each network alone, to compare.")] = True,
+    double: Annotated[bool, typer.Option("--double", help="Use double precision, for less rounding.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of initial values and orders of the data.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
 ) -> None:
-    """Train an ensemble of LeNets in one step: its time, accuracy, calibration and quarrels."""
+    """Train an ensemble of LeNets in one step: its time, accuracy, calibration and disagreements."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float64 if double else torch.float32
     source = data.load(data_name)
@@ -156,13 +156,15 @@ def run(
         images, labels = images[:limit], labels[:limit]
     steps = len(images) // batch_size
     if not steps:
-        raise typer.BadParameter(f"{len(images)} pictures make no batch of {batch_size}")
+        raise typer.BadParameter(
+            f"--batch-size {batch_size} is larger than the number of training images, {len(images)}"
+        )
     keys = random.split(random.key(seed, device), members)
     optimizer = sgd(cosine(learning_rate, epochs * steps), momentum=0.9)
     params = tree.map(lambda leaf: leaf.to(dtype), vmap(model.init)(keys)[0])
     together = ensembles.start(params, {}, optimizer)
     step = ensembles.make_ensemble_step(model, optimizer, own_batch=True, donate=True)
-    # Networks of their own, since the step overwrites the ensemble's.
+    # Copies, since the step overwrites the ensemble's parameters.
     own_params = [tree.map(torch.clone, own) for own in ensembles.unstack(params)]
     alone = [TrainState.start(own, {}, optimizer) for own in own_params] if solo else []
     solo_step = make_step(model, optimizer, compile=False, donate=True)
@@ -172,7 +174,7 @@ def run(
         begin = time.perf_counter()
         for chosen in order:
             together, metrics = step(together, (images[chosen], labels[chosen]))
-        metrics.loss.tolist()  # which waits for an accelerator
+        metrics.loss.tolist()  # waits for the accelerator
         middle = time.perf_counter()
         for i in range(len(alone)):
             for chosen in order[:, i]:
@@ -225,7 +227,7 @@ def run(
 
 
 def report(results: dict[str, Any]) -> None:
-    """Print what was found."""
+    """Print the results."""
     found = results["results"]
     shown = table("", "accuracy>", "loss>", "calibration error>")
     own = found["members"]
@@ -241,7 +243,7 @@ def report(results: dict[str, Any]) -> None:
     if "alone" in results:
         lone = results["alone"]
         screen.print(
-            f"trained in {results['seconds']:.1f} s together, {lone['seconds']:.1f} s one by one; "
-            f"share of the time {lone['time of the ensemble as a share, median of the epochs']:.2f} "
+            f"trained in {results['seconds']:.1f} s together, in {lone['seconds']:.1f} s one by one; "
+            f"ratio {lone['time of the ensemble as a share, median of the epochs']:.2f} "
             f"(median of the epochs); {lone['answers that are the same']:.2%} of the answers are the same"
         )

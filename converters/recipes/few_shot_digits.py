@@ -1,8 +1,9 @@
-"""Which digit is which, from one example of each: MAML against training from scratch.
+"""Learning to tell digits apart from one example of each: MAML against training from scratch.
 
-A task is a few random digits in random order, so that their labels mean nothing until examples say what they mean:
-the support. The network (LeNet-5) adapts to it with a few steps of gradient descent, and is judged by other pictures of
-these digits: the query. MAML learns parameters from which that goes well (Finn et al. 2017, arXiv:1703.03400).
+A task is a few random digits in random order, so only the examples of a task, its support set, say what its labels
+mean. The network (LeNet-5) adapts to the support set with a few steps of gradient descent, and is tested on other
+images of these digits, the query set. MAML learns initial parameters from which this works well (Finn et al. 2017,
+arXiv:1703.03400).
 """
 
 import time
@@ -24,13 +25,13 @@ from purecnn.optimizers import adamw
 from purecnn.tree import Tree
 
 QUERIES = 5
-"""Pictures of each digit to be judged by."""
+"""Number of query images of each digit."""
 SCRATCH = [(rate, steps) for rate in (0.03, 0.1, 0.3) for steps in (5, 20, 50)]
-"""Learning rates and numbers of steps that training from scratch may choose from."""
+"""The settings of training from scratch: learning rates and numbers of steps. The best one is reported."""
 
 
 def pool() -> Tensor:
-    """Pictures of scikit-learn's digits, the same number of each: (digit, picture, 1, 32, 32)."""
+    """Images of scikit-learn's digits, the same number of each digit: (digit, image, 1, 32, 32)."""
     digits = data.load("digits")
     prepare = digits.preprocessing.adapt(size=32).evaluation()
     found: list[list[Tensor]] = [[] for _ in digits.classes]
@@ -43,7 +44,7 @@ def pool() -> Tensor:
 
 
 def draw_tasks(key: Tensor, pictures: Tensor, count: int, ways: int, shots: int) -> Tasks:
-    """Random tasks: ``ways`` digits in random order, with ``shots`` pictures each for the support.
+    """Draw random tasks: ``ways`` digits in random order, with ``shots`` support images each.
 
     >>> tasks = draw_tasks(random.key(0), torch.rand(10, 8, 1, 4, 4), count=2, ways=3, shots=1)
     >>> tasks.support[0].shape, tasks.query[1][0]
@@ -65,7 +66,7 @@ def draw_tasks(key: Tensor, pictures: Tensor, count: int, ways: int, shots: int)
 def accuracy(
     model: Model, params: Tree, state: Tree, tasks: Tasks, learning_rate: meta.Rates, steps: int
 ) -> dict[str, Any]:
-    """Mean share of the queries that are right after adaptation, and its 95 % margin over tasks."""
+    """Mean accuracy on the query sets after adaptation, and its 95 % margin over tasks."""
     loss = meta.classification_loss(model, state)
 
     def one(support: Any, query: Any) -> Tensor:
@@ -77,29 +78,35 @@ def accuracy(
 
 
 def run(
-    ways: Annotated[int, typer.Option(min=2, max=10, help="Digits of a task.")] = 3,
-    shots: Annotated[int, typer.Option(min=1, help="Examples of each digit to learn from.")] = 1,
+    ways: Annotated[int, typer.Option(min=2, max=10, help="Number of digits in a task.")] = 3,
+    shots: Annotated[int, typer.Option(min=1, help="Support images of each digit.")] = 1,
     steps: Annotated[int, typer.Option(min=1, help="Steps of adaptation.")] = 3,
-    learning_rate: Annotated[float, typer.Option(min=0, help="Of the adaptation.")] = 0.1,
-    iterations: Annotated[int, typer.Option(min=1, help="Steps of MAML, of 8 tasks each.")] = 400,
-    first_order: Annotated[bool, typer.Option("--first-order", help="Without second derivatives.")] = False,
+    learning_rate: Annotated[float, typer.Option(min=0, help="Learning rate of the adaptation.")] = 0.1,
+    iterations: Annotated[int, typer.Option(min=1, help="Steps of MAML, each on 8 tasks.")] = 400,
+    first_order: Annotated[bool, typer.Option("--first-order", help="Leave out second derivatives.")] = False,
     learn_rates: Annotated[bool, typer.Option("--learn-rates", help="Learn a learning rate for each tensor.")] = False,
     unseen: Annotated[
-        int, typer.Option(min=0, max=8, help="Keep so many digits from MAML, and test on these alone.")
+        int, typer.Option(min=0, max=8, help="Number of digits that MAML never sees; tests then use only these.")
     ] = 0,
-    test_tasks: Annotated[int, typer.Option(min=2, help="Tasks to test on.")] = 200,
+    test_tasks: Annotated[int, typer.Option(min=2, help="Number of tasks to test on.")] = 200,
     seed: Seed = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
 ) -> None:
     """Learn to tell digits apart from one example of each: MAML against training from scratch."""
     if unseen and not ways <= min(unseen, 10 - unseen):
-        raise typer.BadParameter(f"tasks of {ways} digits cannot be made from {unseen} and {10 - unseen}")
+        raise typer.BadParameter(
+            f"tasks of {ways} digits need as many unseen and as many other digits, found {unseen} and {10 - unseen}: "
+            "choose a smaller --ways or another --unseen"
+        )
     init_key, train_key, test_key = random.split(random.key(seed), 3)
     pictures = pool()
     half = pictures.shape[1] // 2
     if shots + QUERIES > half:
-        raise typer.BadParameter(f"there are {half} pictures of each digit in either half, so at most {half - QUERIES}")
-    # What it is tested on are other pictures, or even other digits.
+        raise typer.BadParameter(
+            f"--shots is at most {half - QUERIES}, found {shots}: each half of the data has {half} images of a digit, "
+            f"and {QUERIES} are for the query set"
+        )
+    # Tests use other images than MAML, or even other digits.
     known, new = (pictures[:-unseen], pictures[-unseen:]) if unseen else (pictures[:, :half], pictures[:, half:])
     model = purecnn.create("lenet5", num_classes=ways)
     params, state = model.init(init_key)
@@ -145,8 +152,8 @@ def run(
         shown.add_row(row["method"], str(row["steps"]), f"{row['accuracy']:.1%}", f"± {row['margin']:.1%}")
     screen.print(shown)
     what = f"{ways} digits, {shots} example{'s' if shots > 1 else ''} of each, {test_tasks} tasks of "
-    screen.print(what + (f"the {unseen} digits that MAML never saw" if unseen else "pictures that MAML never saw"))
-    screen.print(f"MAML learned for {seconds:.0f} s; from scratch is the best of {len(SCRATCH)} settings")
+    screen.print(what + (f"the {unseen} digits that MAML never saw" if unseen else "images that MAML never saw"))
+    screen.print(f"MAML was trained for {seconds:.0f} s; from scratch is the best of {len(SCRATCH)} settings")
     if learn_rates:
         for path, rate in tree.flatten(learned["rates"]).items():
             screen.print(f"  {path}: learning rate {float(rate):.3f}")

@@ -1,12 +1,12 @@
-"""Which training digits help a network to read a test digit, and which mislead it: predicted, and tried out.
+"""Which training digits help a network to read a test digit, and which mislead it: predictions and the truth.
 
     Koh, Liang. Understanding Black-box Predictions via Influence Functions. ICML 2017, arXiv:1703.04730.
 
-A LeNet-5 is trained on digits and frozen; on its last features a linear head with weight decay is fitted, a strictly
-convex problem. Influence functions predict, from one linear system each, how the mean loss of the test digits and the
-loss of the hardest one change when a training digit is left out. Then the head is fitted again without each training
-digit in turn, and the two are compared: over all digits, and without the ten of the largest changes, as a few large
-ones can make a correlation.
+A LeNet-5 is trained on digits and frozen; a linear head with weight decay is fitted to its last features, which is a
+strictly convex problem. Influence functions predict how two measures change when a training digit is left out: the mean
+loss of the test digits, and the loss of the hardest one. Each measure takes one linear system. Then the head is
+refitted without each training digit in turn, and predicted and actual changes are compared: over all digits, and
+without the ten largest changes, since a few large ones can dominate a correlation.
 """
 
 import json
@@ -38,11 +38,11 @@ from purecnn.training import fit
 from purecnn.tree import Tree
 
 Objective = Callable[[Tree, Tensor], Tensor]
-"""From a head and the weight of each training digit, (digits,), to what the head minimises."""
+"""The function that a head minimises: takes the head and the weights of the training digits, (digits,)."""
 
 
 def head_logits(head: Tree, features: Tensor) -> Tensor:
-    """(examples, classes)."""
+    """The logits of the head: (examples, classes)."""
     return F.linear(features, head["linear"]["weight"], head["linear"]["bias"])
 
 
@@ -62,10 +62,12 @@ def head_objective(features: Tensor, labels: Tensor, decay: float) -> Objective:
 
 
 def minimum(objective: Callable[[Tree], Tensor], start: Tree, *, tolerance: float = 1e-10) -> Tree:
-    """By Newton's method with conjugate gradients and halved steps; ``tolerance`` is of the gradient's norm.
+    """Find a minimum by Newton's method with conjugate gradients, halving steps that do not descend.
+
+    The search ends when the norm of the gradient is at most ``tolerance``.
 
     Raises:
-        ArithmeticError: if it is not found.
+        ArithmeticError: if no minimum is found.
     """
     head = start
     for _ in range(100):
@@ -80,21 +82,24 @@ def minimum(objective: Callable[[Tree], Tensor], start: Tree, *, tolerance: floa
                 break
             share /= 2
         head = there
-    raise ArithmeticError(f"no minimum of the head's objective was found; its gradient is {ravel(slope).norm():.1e}")
+    raise ArithmeticError(
+        f"no minimum of the head's objective was found in 100 steps: the norm of its gradient is "
+        f"{ravel(slope).norm():.1e}, expected at most {tolerance:.1e}"
+    )
 
 
 def minima_without(objective: Objective, head: Tree, left_out: Tensor, count: int, *, tolerance: float = 1e-9) -> Tree:
-    """The minima of the objective without each of some training digits in turn, as a stacked tree.
+    """Find the minima of the objective, leaving out some training digits one at a time; returns a stacked tree.
 
-    From the minimum with all digits, by Newton's method with the Hessian of there, which is factored once. What is
-    left of each problem's gradient is checked, so that the result does not depend on that Hessian.
+    Newton's method starts at the minimum with all digits and uses the Hessian of this point, which is factored once.
+    The remaining gradient of each problem is checked, so the result does not depend on this approximation.
 
     Args:
-        objective: of a head and weights of all digits.
-        head: its minimum where all weights are 1.
+        objective: a function of a head and the weights of all digits.
+        head: the minimum of the objective when all weights are 1.
         left_out: the digits to leave out, (k,).
-        count: how many digits there are.
-        tolerance: of the norm of each gradient.
+        count: the number of all digits.
+        tolerance: the norm of each gradient at which to stop.
 
     Raises:
         ArithmeticError: if a minimum is not found.
@@ -113,22 +118,24 @@ def minima_without(objective: Objective, head: Tree, left_out: Tensor, count: in
         if not len(moving):
             return vmap(lambda x: unravel(x, head))(heads)
         heads[moving] -= torch.cholesky_solve(slopes[wanted].T, factor).T
-    raise ArithmeticError(f"the head was not fitted without {len(moving)} of {len(left_out)} digits")
+    raise ArithmeticError(
+        f"refitting the head without one digit did not converge for {len(moving)} of {len(left_out)} digits"
+    )
 
 
 def correlation(predicted: Tensor, actual: Tensor) -> float:
-    """Pearson's."""
+    """Pearson's correlation."""
     return float(torch.corrcoef(torch.stack([predicted, actual]))[0, 1])
 
 
 def without_largest(predicted: Tensor, actual: Tensor, count: int = 10) -> float:
-    """The correlation over all but the examples of the largest actual changes."""
+    """The correlation without the ``count`` examples of the largest actual changes."""
     rest = actual.abs().argsort()[:-count]
     return correlation(predicted[rest], actual[rest])
 
 
 def scatter(panels: dict[str, tuple[Tensor, Tensor]], path: Path) -> None:
-    """Draw predicted against actual changes, a panel for each measure."""
+    """Draw predicted against actual changes, one panel per measure."""
     figure = Figure(figsize=(5 * len(panels), 4.6), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
     for axes, (title, (predicted, actual)) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         ends = [float(torch.cat([predicted, actual]).min()), float(torch.cat([predicted, actual]).max())]
@@ -146,7 +153,7 @@ def scatter(panels: dict[str, tuple[Tensor, Tensor]], path: Path) -> None:
 
 
 def gallery(test: tuple[Tensor, str], rows: dict[str, list[tuple[Tensor, str]]], path: Path) -> None:
-    """Draw a test digit, and rows of training digits beside it; each picture (height, width) has a caption."""
+    """Draw a test digit, and beside it rows of training digits; each image (height, width) has a caption."""
     longest = max(map(len, rows.values()))
     figure = Figure(figsize=(1.1 * (longest + 1) + 0.4, 1.7 * len(rows)))
     room = {"left": 0.02, "right": 0.98, "bottom": 0.03, "top": 0.8, "hspace": 0.7, "wspace": 0.15}
@@ -164,27 +171,27 @@ def gallery(test: tuple[Tensor, str], rows: dict[str, list[tuple[Tensor, str]]],
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, wholly or not at all."""
+    """Write a figure as PNG, atomically."""
     with replacing(path) as file:
         FigureCanvasAgg(figure).print_figure(file, format="png", dpi=130, metadata={"Software": None})
 
 
 def everything(examples: data.Examples, transform: data.Transform) -> tuple[Tensor, Tensor]:
-    """All images and labels of one split of a data set."""
+    """All images and labels of one split of a data set, as one batch."""
     return next(iter(data.batches(examples, transform, len(examples))))
 
 
 def run(
-    out: Annotated[Path, typer.Option(callback=writable, help="The folder for pictures and results.json.")] = Path(
+    out: Annotated[Path, typer.Option(callback=writable, help="Folder for pictures and results.json.")] = Path(
         "runs/influential-digits"
     ),
-    epochs: Annotated[int, typer.Option(min=1, help="Of the LeNet-5 whose features are used.")] = 5,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of the LeNet-5 whose features are used.")] = 5,
     decay: Annotated[float, typer.Option(min=1e-6, help="Weight decay of the head.")] = 1e-2,
-    limit: Annotated[int, typer.Option(min=0, help="Leave out only so many digits; 0: each in turn.")] = 0,
-    seed: Annotated[int, typer.Option(min=0, help="Of initial values, order, and which digits are left out.")] = 0,
+    limit: Annotated[int, typer.Option(min=0, help="Number of digits to leave out in turn; 0 for all.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of initial values, data order and digits left out.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
 ) -> None:
-    """Influence functions on handwritten digits: predicted beside actual changes of leaving one out."""
+    """Influence functions on handwritten digits: predicted and actual changes when one training digit is left out."""
     fit_key, choice_key = random.split(random.key(seed))
     digits = data.load("digits")
     model = purecnn.create("lenet5")

@@ -1,4 +1,4 @@
-"""LeNet from scratch on CIFAR-10, as the chapter "Deep CNN Architectures" trains it."""
+"""LeNet from scratch on CIFAR-10, as in the chapter "Deep CNN Architectures"."""
 
 from typing import Annotated
 
@@ -10,10 +10,10 @@ from converters.train_command import train
 
 
 def run(
-    data: Annotated[str, typer.Option(help="cifar10, or a folder with its pictures.")] = "cifar10",
+    data: Annotated[str, typer.Option(help="cifar10, or a folder with its images.")] = "cifar10",
     out: Out = None,
     resume: Resume = False,
-    epochs: Annotated[int, typer.Option(min=1, help="Times through the data.")] = 50,
+    epochs: Annotated[int, typer.Option(min=1, help="Number of epochs.")] = 50,
     seed: Seed = 0,
     root: Root = None,
     workers: Workers = 0,
@@ -21,8 +21,8 @@ def run(
 ) -> None:
     """LeNet on CIFAR-10: Adam, 0.001, batches of 8, 50 epochs, crops and flips. Published: 68 % of the test split.
 
-    Mastering PyTorch, 2nd edition, chapter 2. Pictures are normalised by the data's own mean and deviation,
-    where the book takes 0.5 for all.
+    Mastering PyTorch, 2nd edition, chapter 2. Images are normalised by the data set's mean and standard deviation;
+    the book uses 0.5 for all.
     """
     train(
         "lenet5",

@@ -1,10 +1,9 @@
-"""Handwritten digits, learned without learning any of them by heart: differentially private training.
+"""Differentially private training on handwritten digits: learning them without memorising any single one.
 
     Abadi et al. Deep Learning with Differential Privacy. CCS 2016, arXiv:1607.00133.
 
-DP-SGD with Poisson sampling, and noise that the accountant finds for the epsilon that may be spent. What was chosen by
-looking at results (learning rate, clip, size of batches) was tuned on other runs, whose cost in privacy is not counted;
-nor is it in the papers.
+DP-SGD with Poisson sampling; the accountant computes the noise for a given epsilon. The learning rate, the clip and the
+batch size were tuned on other runs, whose privacy cost is not counted here; the papers do not count theirs either.
 """
 
 import gzip
@@ -34,29 +33,29 @@ from purecnn.privacy import epsilon, make_private_step, noise_for, poisson_sampl
 from purecnn.training import Batch, TrainState, evaluate
 
 SIZE = 32
-"""Side of the images, pixels: LeNet-5's."""
+"""Height and width of the images in pixels, as LeNet-5 needs them."""
 
 
 def idx(path: Path) -> Tensor:
-    """A file of bytes in the IDX format, packed by gzip or not (http://yann.lecun.com/exdb/mnist)."""
+    """Read a file of bytes in the IDX format, with or without gzip (http://yann.lecun.com/exdb/mnist)."""
     raw = path.read_bytes()
     raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
     if raw[:3] != b"\0\0\x08":
-        raise data_sets.DataError(f"{path} is not an IDX file of bytes")
+        raise data_sets.DataError(f"{path} is not an IDX file of bytes: expected it to begin with 00 00 08 (hex)")
     shape = np.frombuffer(raw, ">i4", raw[3], offset=4)
     return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(*shape).copy())
 
 
 def load(name: str, key: Tensor) -> tuple[Batch, Batch]:
-    """Digits to train and to test with, 32 x 32: a data set of `purecnn.data`, or a folder with one pair of IDX files.
+    """Training and test digits, 32 x 32, from a data set of `purecnn.data` or a folder with one pair of IDX files.
 
-    Of the latter a tenth is for testing, drawn from the key.
+    Of the IDX files a tenth, drawn from the key, is for testing.
     """
     pictures = sorted(Path(name).expanduser().glob("*images*idx3*")) if Path(name).expanduser().is_dir() else []
     if len(pictures) == 1:
         labels = idx(pictures[0].with_name(pictures[0].name.replace("images-idx3", "labels-idx1"))).long()
         pixels = idx(pictures[0])[:, None] / 255
-        # MNIST's published mean and deviation: nothing is learned from these digits without noise.
+        # MNIST's published mean and deviation, because computing them from these digits would cost privacy.
         images = (F.pad(pixels, [(SIZE - pixels.shape[-1]) // 2] * 4) - 0.1307) / 0.3081
         order, cut = random.permutation(key, len(labels)), len(labels) * 9 // 10
         train, test = order[:cut], order[cut:]
@@ -73,19 +72,19 @@ def load(name: str, key: Tensor) -> tuple[Batch, Batch]:
 
 def run(
     data: Annotated[str, typer.Option(help="A data set of digits by name, or a folder with a pair of IDX files.")],
-    budget: Annotated[float, typer.Option("--epsilon", help="Privacy that may be spent.")] = 3.0,
-    delta: Annotated[float, typer.Option(help="Probability with which the promise may fail.")] = 1e-5,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of training.")] = 150,
+    budget: Annotated[float, typer.Option("--epsilon", help="Privacy budget epsilon.")] = 3.0,
+    delta: Annotated[float, typer.Option(help="The delta of (epsilon, delta) privacy.")] = 1e-5,
+    steps: Annotated[int, typer.Option(min=1, help="Number of training steps.")] = 150,
     expected_batch: Annotated[int, typer.Option(min=1, help="Mean number of digits in a batch.")] = 1024,
-    learning_rate: Annotated[float, typer.Option(help="Of plain SGD.")] = 2.0,
-    clip: Annotated[float, typer.Option(help="The largest norm of a digit's gradient.")] = 1.0,
+    learning_rate: Annotated[float, typer.Option(help="Learning rate of plain SGD.")] = 2.0,
+    clip: Annotated[float, typer.Option(help="Maximum norm of each digit's gradient.")] = 1.0,
     seed: Seed = 0,
     out: Annotated[Path, typer.Option(callback=writable, help="Folder for results.json and curve.png.")] = Path(
         "runs/private-digits"
     ),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
 ) -> None:
-    """LeNet-5 on digits by DP-SGD: what accuracy an epsilon of 3 buys."""
+    """LeNet-5 on digits by DP-SGD: the accuracy within a privacy budget, by default an epsilon of 3."""
     split_key, init_key, sample_key, step_key = random.split(random.key(seed), 4)
     (images, labels), test = load(data, split_key)
     rate = min(expected_batch / len(labels), 1.0)
@@ -124,7 +123,7 @@ def run(
 
 
 def draw(rows: list[dict[str, Any]], delta: float, path: Path) -> None:
-    """Accuracy against what it has cost."""
+    """Draw accuracy against the epsilon spent."""
     figure = Figure(figsize=(6, 4), layout=ConstrainedLayoutEngine())
     FigureCanvasAgg(figure)
     axes = figure.subplots()

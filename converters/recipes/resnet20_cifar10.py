@@ -1,4 +1,4 @@
-"""ResNet-20 on CIFAR-10 by the recipe of its paper."""
+"""ResNet-20 on CIFAR-10, trained as in its paper."""
 
 from typing import Annotated
 
@@ -10,19 +10,19 @@ from converters.train_command import train
 
 
 def run(
-    data: Annotated[str, typer.Option(help="cifar10, or a folder with its pictures.")] = "cifar10",
+    data: Annotated[str, typer.Option(help="cifar10, or a folder with its images.")] = "cifar10",
     out: Out = None,
     resume: Resume = False,
-    epochs: Annotated[int, typer.Option(min=1, help="Times through the data; 164 are the paper's 64,000 steps.")] = 164,
+    epochs: Annotated[int, typer.Option(min=1, help="Number of epochs; 164 are the paper's 64,000 steps.")] = 164,
     seed: Seed = 0,
     root: Root = None,
     workers: Workers = 0,
     device: Device = "auto",
 ) -> None:
-    """ResNet-20 on CIFAR-10: SGD, 0.1, a tenth after half and three quarters, batches of 128. Published error: 8.75 %.
+    """ResNet-20 on CIFAR-10: SGD, 0.1, divided by 10 after 1/2 and 3/4, batches of 128. Published error: 8.75 %.
 
     He, Zhang, Ren, Sun, Deep Residual Learning for Image Recognition, arXiv:1512.03385, section 4.2 and table 6.
-    Weight decay, 0.0001, is not applied to biases and normalisation; the paper does not say that it leaves them out.
+    The weight decay of 0.0001 is not applied to biases and normalisation; the paper does not mention such an exception.
     """
     train(
         "resnet20_cifar",
