@@ -300,7 +300,8 @@ class Model:
 
     def _note(self, error: Exception, params: Tree, state: Tree, x: Tensor) -> None:
         """If the trees or images do not fit the model, add a note to the error that says so."""
-        if torch.compiler.is_compiling() or not self.is_built:
+        replaced = self.built is not None and not self.is_built  # such as a folded model, which has fewer parameters
+        if torch.compiler.is_compiling() or replaced:
             return
         try:
             self.check(params, state)

@@ -470,6 +470,15 @@ def test_a_model_of_ones_own_is_not_in_the_table() -> None:
     assert grouped.spec()[1] == {}
 
 
+def test_trees_of_another_network_are_named_for_ones_own_model_too() -> None:
+    layer = serial(stem=layers.conv(4, 3), head=serial(layers.global_avg_pool, linear=layers.linear(5)))
+    mine = purecnn.Model.of(layer, num_classes=5, image_size=8, name="mine")
+    params, state = mine.init(random.key(0))
+    with pytest.raises(KeyError, match="head") as caught:
+        mine.apply({"stem": params["stem"]}, state, torch.zeros(1, 3, 8, 8))
+    assert caught.value.__notes__[-1].startswith("the parameters are not those of mine: head.linear.bias (expected")
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
