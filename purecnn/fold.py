@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from purecnn import tree
 from purecnn.eager import is_transformed
 from purecnn.layer import Layer, Mode
-from purecnn.layers import Convolution
+from purecnn.layers import Convolution, has_statistics
 from purecnn.model import Model
 from purecnn.tree import Tree
 
@@ -80,7 +80,7 @@ def fold(model: Model, params: Tree, state: Tree) -> tuple[Model, Tree, Tree]:
     folded = {norm.path for _, norm in pairs}
 
     def without(layer: Layer, params: Tree, state: Tree, x: Any, mode: Mode) -> Any:
-        if mode.path not in folded or not _has_statistics(layer) or "mean" in state:
+        if mode.path not in folded or not has_statistics(layer) or "mean" in state:
             return None
         if mode.batch_statistics:
             raise ValueError(
@@ -195,7 +195,7 @@ def _pairs(model: Model, params: Tree, state: Tree) -> list[tuple[_Run, _Run]]:
         uses.read(logits)
     users = Counter(path for run in runs for path in (*run.params.values(), *run.state.values()))
     made = {id(run.y): run for run in runs if isinstance(run.layer.kind, Convolution) and "weight" in run.params}
-    pairs = [(made[id(run.x)], run) for run in runs if _has_statistics(run.layer) and id(run.x) in made]
+    pairs = [(made[id(run.x)], run) for run in runs if has_statistics(run.layer) and id(run.x) in made]
     return [
         (convolution, norm)
         for convolution, norm in pairs
@@ -205,10 +205,6 @@ def _pairs(model: Model, params: Tree, state: Tree) -> list[tuple[_Run, _Run]]:
             users[path] == 1 for path in (*convolution.params.values(), *norm.params.values(), *norm.state.values())
         )
     ]
-
-
-def _has_statistics(layer: Layer) -> bool:
-    return "mean" in layer.names and "var" in layer.names
 
 
 def _affine(norm: _Run, leaves: dict[str, Tensor], statistics: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

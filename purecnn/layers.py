@@ -274,6 +274,11 @@ def _along(values: Tensor, x: Tensor) -> Tensor:
     return values.view(-1, *(1,) * (x.ndim - 2))
 
 
+def has_statistics(layer: Layer) -> bool:
+    """Whether the layer keeps a running mean and variance, as batch normalisation does."""
+    return layer.names >= {"mean", "var"}
+
+
 def batch_norm(eps: float = 1e-5, momentum: float = 0.1, *, scale: bool = True, groups: int = 32) -> Layer:
     """Batch normalisation of each channel (Ioffe and Szegedy 2015, arXiv:1502.03167, algorithm 1).
 

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from purecnn import random, tree
 from purecnn.layer import Layer, Mode, logits_of
-from purecnn.layers import Convolution, Linear
+from purecnn.layers import Convolution, Linear, has_statistics
 from purecnn.model import Model
 from purecnn.paper import Loss
 from purecnn.record import Recorded, Statistics, Use, conv_weight, operands, record, rows
@@ -123,7 +123,7 @@ def mixes_images(model: Model) -> bool:
 
     def around(layer: Layer, params: Tree, state: Tree, x: Any, mode: Mode) -> tuple[Any, Tree]:
         nonlocal found
-        found = found or (mode.batch_statistics and {"mean", "var"} <= {*layer.names})
+        found = found or (mode.batch_statistics and has_statistics(layer))
         return layer.apply(params, state, x, mode)
 
     images = torch.empty(2, model.in_channels, model.image_size, model.image_size, device="meta")

@@ -46,9 +46,9 @@ def summarize(model: Model, image_size: int | None = None) -> list[Row]:
     """
     size = image_size or model.image_size
     params, state = model.spec()
+    # Path, output shape and operations so far, of each named layer; and with None for the shape, of each layer that has
+    # tensors, which may have no name.
     ends: list[tuple[str, tuple[int, ...] | None, int]] = []
-    """Path, output shape and operations so far, of each named layer; and with None for the shape, of each layer that
-    has tensors, which may have no name."""
     with _Counter() as counter:
 
         def tap(path: str, x: Any, y: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import purecnn
 from purecnn import Outputs, random
 from purecnn.layer import DRAW
 from purecnn.tree import Tree
@@ -36,6 +37,11 @@ def test_capsules_go_where_their_votes_agree() -> None:
                 above = [squashed((weights[:, j, None] * vote[:, j]).sum(0)) for j in range(3)]
                 logits = logits + torch.stack([vote[:, j] @ above[j] for j in range(3)], 1)
             assert_close(route(votes, rounds)[i], torch.stack(above), rtol=1e-10, atol=1e-10)
+
+
+def test_resnets_have_two_kinds_of_blocks() -> None:
+    with pytest.raises(ValueError, match="block is 'basic' or 'bottleneck', found 'basc'"):
+        purecnn.create("resnet18", block="basc")
 
 
 def test_capsnet_and_its_loss() -> None:

@@ -142,7 +142,7 @@ def resnet(
         width_per_group: channels of a group in the first stage's bottlenecks; 128 doubles the width (Wide ResNet).
 
     Raises:
-        ValueError: if basic blocks are to have other groups or widths.
+        ValueError: if there is no such block, or basic blocks are to have other groups or widths.
     """
     if block == "basic" and (groups, width_per_group) != (1, 64):
         raise ValueError(f"a basic block has groups=1 and width_per_group=64, found {groups} and {width_per_group}")
@@ -159,7 +159,10 @@ def resnet(
         branch = bottleneck((inner, inner, 4 * width), (1, stride), groups=groups)
         return residual(branch, projection(4 * width, stride))
 
-    return network(basic if block == "basic" else deep, depths, num_classes=num_classes)
+    blocks = {"basic": basic, "bottleneck": deep}
+    if block not in blocks:
+        raise ValueError(f"block is 'basic' or 'bottleneck', found {block!r}")
+    return network(blocks[block], depths, num_classes=num_classes)
 
 
 def paper_law(path: str, shape: tuple[int, ...]) -> Initializer | float | None:
